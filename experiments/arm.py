@@ -18,7 +18,13 @@ from moe_jax.data.corpora import form_of
 from moe_jax.training.evaluation import evaluate
 from moe_jax.training.files import read_json
 from moe_jax.training.loop import train
-from moe_jax.training.metrics import EVALUATION_FILE, METRICS_FILE, RUN_FILE, read_metrics
+from moe_jax.training.metrics import (
+    EVALUATION_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    read_metrics,
+    training_seconds,
+)
 from moe_jax.training.saved import load_run, open_run_data
 
 CURVE = f"heldout/dropless/{LOSS}"
@@ -69,7 +75,7 @@ def run_arm(
         * config.data.sequence_length,
         "forward_flops_per_token": {"active": cost.active, "computed": cost.computed},
         "parameters": {"total": cost.total_parameters, "active": cost.active_parameters},
-        "minutes": minutes_of(read_metrics(workdir / METRICS_FILE), config.training.log_every),
+        "minutes": training_seconds(read_metrics(workdir / METRICS_FILE)) / 60,
         **outcome,
         "data": {
             "corpus": form_of(config.data.corpus),
@@ -162,11 +168,6 @@ def measures_of(
         if values := late_values(rows, name, num_steps):
             measures[name] = statistics.fmean(values)
     return measures
-
-
-def minutes_of(rows: list[dict[str, Any]], log_every: int) -> float:
-    """Time of the training steps, without evaluations and checkpoints."""
-    return sum(row.get("perf/seconds_per_step", 0) for row in rows) * log_every / 60
 
 
 def circumstances(workdir: pathlib.Path) -> dict[str, Any]:

@@ -210,7 +210,7 @@ def seed_by_seed(
 
 
 def ratio(a: float, b: float) -> float:
-    """The ratio a / b, with `b` bounded away from 0."""
+    """The ratio a / b. `b` must not be negative; below 1e-9 it counts as 1e-9."""
     return a / max(b, 1e-9)
 
 
@@ -318,10 +318,12 @@ def step_ratio(results: Results, arm: str, dense: str) -> dict[int, float]:
 
 
 def spearman(xs: list[float], ys: list[float]) -> float:
-    """Spearman's rank correlation; ties share their mean rank."""
+    """Spearman's rank correlation; ties share their mean rank; nan if a list is one tie."""
 
     def ranks(values: list[float]) -> list[float]:
         ordered = sorted(values)
         return [ordered.index(v) + (ordered.count(v) - 1) / 2 for v in values]
 
+    if len(set(xs)) == 1 or len(set(ys)) == 1:
+        return math.nan
     return statistics.correlation(ranks(xs), ranks(ys))

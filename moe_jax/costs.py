@@ -64,7 +64,6 @@ class Cost:
       exchanged: bytes of the rows that are sent to experts, one way.
       slots: bytes of the rows that have room in the buffers on that way.
       buffers: bytes of further arrays on that way.
-      cache: what decoding keeps per token.
       inactive: parameters of the layer that a token does not use.
     """
 
@@ -82,7 +81,6 @@ class Cost:
     exchanged: float = 0.0
     slots: float = 0.0
     buffers: float = 0.0
-    cache: Bytes = Bytes()
     inactive: float = 0.0
 
     @property
@@ -144,7 +142,7 @@ def traced_costs(part: Part, dims: Dims, length: int, dtype: str) -> tuple[Cost,
 
     The two stages are the products without and with a batch dim. Their kind is that of most of the
     part's parameters. A loop whose length the trace does not know counts once, and of branches the
-    largest counts. Only the cache is taken to be split over `tensor`.
+    largest counts. Nothing is taken to be split over `tensor`.
 
     Args:
       part: its `apply` is traced as in training, with its backward pass.
@@ -185,7 +183,6 @@ def traced_costs(part: Part, dims: Dims, length: int, dtype: str) -> tuple[Cost,
             largest=Bytes(max((p.written for p in found), default=0.0) / length),
             traffic=Bytes(sum(p.read + p.written for p in plain) / length),
             sums=dims.model_dim * x_BLM.dtype.itemsize * is_split,
-            cache=cache_bytes(part.cache_specs(dims, 1, length)).times(1 / length),
         ),
         Cost(
             kind,
@@ -204,12 +201,16 @@ def kind_of(specs: Any) -> str:
     return KIND_OF_COMPONENT.get(max(sizes, key=sizes.__getitem__, default=""), "other")
 
 
-def cache_bytes(specs: Any) -> Bytes:
-    """Bytes of a tree of specs, with what a mesh splits over `tensor` as `split`."""
+def kept_bytes(specs: Any, dtype: str) -> Bytes:
+    """Bytes of the caches that a tree of specs declares, as `inference` keeps them.
+
+    Floats of the component "cache" have `dtype`. What a mesh splits over `tensor` is `split`.
+    """
     whole = split = 0.0
     for spec in jax.tree.leaves(specs):
         assert isinstance(spec, ParameterSpec)
-        size = spec.size * jnp.dtype(spec.dtype).itemsize
+        narrowed = spec.component == "cache" and jnp.issubdtype(spec.dtype, jnp.floating)
+        size = spec.size * jnp.dtype(dtype if narrowed else spec.dtype).itemsize
         is_split = any(name and "tensor" in RULES[name] for name in spec.axes)
         whole, split = (whole, split + size) if is_split else (whole + size, split)
     return Bytes(whole, split)

@@ -256,6 +256,8 @@ class Part(Settings):
     # Whether its cache takes tokens back by overwriting (`layers.cache`). Otherwise speculative
     # decoding restores the previous cache and reads the accepted tokens again.
     takes_back: ClassVar[bool] = False
+    # Parameters that only a prefill reads: the cache keeps what they give.
+    prefill_only: ClassVar[tuple[str, ...]] = ()
 
     def specs(self, dims: Dims) -> dict[str, Any]:
         """The parameters: nested dicts of `ParameterSpec`."""

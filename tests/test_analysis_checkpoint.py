@@ -224,6 +224,19 @@ def test_of_one_choice_a_token_nothing_is_said_of_two(analysis):
     )
 
 
+def test_information_about_two_domains_is_at_most_one_bit(analysis):
+    """Each domain has its own expert of five: one bit, where log2(5) would be 2.3."""
+    domain_J = np.arange(2000) % 2
+    routed = analysis.routed._replace(
+        domain_J=domain_J, expert_XJK=np.tile(domain_J[None, :, None], (2, 1, 1))
+    )
+    block = BlockWeights(5, {"wi": np.ones((4, 2, 2))}, None)
+    scope = Scope(analysis.domains, analysis.tokenizer, num_shuffles=1)
+    layers = measure_layers(routed, {}, {}, dict.fromkeys(analysis.layers, block), scope)
+    found = layers["layer_01"]["domains"]["information"]
+    assert found["bits"] == found["at_most"] == 1
+
+
 def test_files_are_written_and_say_what_they_are_of(analysis, workdir, tmp_path):
     before = files(workdir)
     paths = write_analysis(analysis, tmp_path / "new" / "place")

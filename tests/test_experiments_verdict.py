@@ -8,6 +8,7 @@ from scipy import integrate, stats
 
 from experiments import before_pairs, verdict
 from experiments.results import LOSS, UNPAIRED, Results, measured
+from experiments.switch_against_dense import study as switch
 from experiments.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Finding
 from moe_jax.training.ways import SAW, SEES, Way
 
@@ -301,6 +302,14 @@ def test_the_step_ratio_is_of_smoothed_curves():
     assert verdict.step_ratio(found, "moe", "dense") == {0: 40 / 30}
     assert verdict.step_ratio(found, "dense", "dense") == {0: 1.0}
     assert verdict.step_ratio(found, "never", "dense") == {0: 0.0}
+
+
+def test_more_experts_show_nothing_if_every_arm_diverged():
+    """All losses are infinite, so they have no order."""
+    rows = (diverged(arm, seed) for arm in switch.ORDERED for seed in range(3))
+    found = switch.falls_with_experts(Results(tuple(rows), "dense"))
+    assert found.verdict == INCONCLUSIVE and "all diverged" in found.because
+    assert math.isnan(verdict.spearman([1, 2], [3, 3])) and math.isnan(verdict.spearman([1], [2]))
 
 
 def test_rank_correlation():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.costs import traced_costs
+from moe_jax.costs import kept_bytes, traced_costs
 from moe_jax.layers.latent_attention import LatentAttention, absorb
 from moe_jax.layers.rotary import Rotary
 from moe_jax.layers.rotary_scaling import Yarn
@@ -216,7 +216,9 @@ def test_costs_that_are_written_out_agree_with_a_trace(dtype, q_rank):
     assert written[0].traffic.on(1) == traced[0].traffic.on(1)
     sizes = [sum(cost.saved.on(1) for cost in costs) for costs in (written, traced)]
     assert 0.5 * sizes[0] <= sizes[1] <= 2 * sizes[0]
-    assert written[0].cache.on(1) == 12 * jnp.dtype(dtype).itemsize, "the latent, the rotary key"
+    kept = 12 * jnp.dtype(dtype).itemsize + 4
+    cache = kept_bytes(part.cache_specs(DIMS, 1, 16), dtype)
+    assert cache.on(1) == 16 * kept, "the latent, the rotary key, and a position"
 
 
 def test_heads_stay_whole_on_a_mesh():

@@ -250,7 +250,6 @@ def test_costs_that_are_written_out_agree_with_a_trace(dtype):
     written, traced = part.costs(DIMS, 128, dtype), traced_costs(part, DIMS, 128, dtype)
     assert written[0].flops == traced[0].flops
     assert written[0].saved_dots.on(1) == traced[0].saved_dots.on(1)
-    assert written[0].cache == traced[0].cache
     assert {cost.kind for cost in written} == {cost.kind for cost in traced}
     sizes = [sum(cost.saved.on(1) for cost in costs) for costs in (written, traced)]
     assert 0.5 * sizes[0] <= sizes[1] <= 2 * sizes[0]

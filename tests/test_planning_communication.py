@@ -14,6 +14,7 @@ from moe_jax.config import (
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.models.model import LanguageModel
+from moe_jax.models.multi_token import MultiToken
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.part import MoE
@@ -91,6 +92,17 @@ def test_fsdp_gathers_weights_twice_and_scatters_gradients_once():
     assert few["embedding weights", "all-gather"].array_bytes == 2 * 16 * 8
 
 
+def test_a_tied_table_is_gathered_for_the_head_of_both_passes():
+    """The lookup reads what the head gathers; an extra forward pass sends the rows of tokens."""
+    for batch in (4, 16):
+        tied = messages(MeshConfig(data=2, fsdp=2), batch=batch, tie_embeddings=True)
+        assert tied["embedding weights", "all-gather"].array_bytes == 2 * 2 * TABLE
+        assert tied["embedding gradient", "reduce-scatter"].array_bytes == 2 * TABLE
+    # The balance loss of the whole batch; 16 tokens on a device and microbatch, half of the table.
+    again = messages(MeshConfig(data=2, fsdp=2), parts=2, batch=8, tie_embeddings=True)
+    assert again["embedding weights", "all-gather"].array_bytes == 2 * (2 * 2 * TABLE + 2 * 16 * 8)
+
+
 def test_an_adapted_model_gathers_its_matrices_and_reduces_the_gradients_of_adapters():
     """Experts are stored in int8: one byte each, and half a byte for the scale of four."""
     found = messages(
@@ -147,6 +159,15 @@ def test_tensor_parallelism_sums_outputs():
     assert all(one.axes == ("tensor",) for one in found.values())
     full = messages(MeshConfig(data=1, tensor=2), remat="full")
     assert full["attention output", "all-reduce"].array_bytes == 3 * 3 * tokens
+
+
+def test_tensor_parallelism_sums_the_embeddings_and_heads_of_multi_token_modules():
+    """Two modules beside the model; two microbatches embed all tokens once more, for sums."""
+    modules = MultiToken(depth=2, layer=("attention", "mlp"))
+    tokens = 256 * 8 * 2
+    for parts, ends in ((1, 3 * 2), (2, 3 * 3)):
+        found = messages(MeshConfig(data=1, tensor=2), parts=parts, multi_token=modules)
+        assert found["head output", "all-reduce"].array_bytes == ends * tokens
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_memory_is_of_the_tokens_of_each_stack():
     assert saved_bytes(full) == 4 * 4 * M * (3 * T + 2 * L), "the input of every layer"
     assert estimate_memory(full).logits == 2 * 4 * 4 * L * V
     # Keys and values of two layers, for the text so far and for the encoder's memory.
-    assert kv_cache_bytes(full, 5, L) == 5 * 2 * (2 * ND * 4) * (L + T)
+    assert kv_cache_bytes(full, 5, L) == 5 * 2 * (2 * ND * 4 * (L + T) + 4 * L)
 
 
 def test_a_plan_describes_it():

@@ -16,6 +16,7 @@ from moe_jax.config.run import OPTIMIZERS
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.models.model import LanguageModel
+from moe_jax.models.multi_token import MultiToken
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import SwiGLU
 from moe_jax.moe.capacity import Capacity
@@ -241,10 +242,20 @@ def test_moments_are_those_of_the_real_optimizer(name, scan_layers):
 
 
 def test_the_cache_of_keys_and_values():
-    """Keys and values: 3 layers, 6 sequences of 100 tokens, one head of 4 in bfloat16."""
-    assert kv_cache_bytes(workload(MeshConfig(data=1), batch=24), 6, 100) == 2 * 3 * 6 * 100 * 4 * 2
-    assert kv_cache_bytes(workload(MeshConfig(data=3), batch=24), 6, 100) == 2 * 3 * 2 * 100 * 4 * 2
-    assert kv_cache_bytes(workload(MeshConfig(data=8), batch=24), 6, 100) == 2 * 3 * 1 * 100 * 4 * 2
+    """3 layers, 6 sequences of 100 tokens: one head of 4 in bfloat16, twice, and a position."""
+    of_a_text = 3 * 100 * (2 * 4 * 2 + 4)
+    for devices, texts in ((1, 6), (3, 2), (8, 1)):
+        work = workload(MeshConfig(data=devices), batch=24)
+        assert kv_cache_bytes(work, 6, 100) == texts * of_a_text
+
+
+@pytest.mark.parametrize("setting", ["window", "chunk"])
+def test_the_cache_of_a_window_or_a_chunk_is_a_ring(setting):
+    """3 layers, 13 slots for a span of 5; a tensor mesh splits keys and values, not positions."""
+    parts = {"attention": {setting: 5, "num_kv_heads": 2}}
+    assert kv_cache_bytes(workload(parts=parts), 6, 100) == 6 * 3 * 13 * (2 * 2 * 4 * 2 + 4)
+    halves = workload(MeshConfig(data=1, tensor=2), parts=parts)
+    assert kv_cache_bytes(halves, 6, 100) == 6 * 3 * 13 * (2 * 4 * 2 + 4)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
@@ -290,3 +301,11 @@ def test_memory_traffic_of_the_experts():
     assert hbm_traffic(workload(remat="full"))["experts"] == 4 * 2 * (rows_in_and_out + weights)
     size = estimate_memory(workload()).parameters / 4
     assert hbm_traffic(workload())["optimizer"] == 7 * 4 * size
+
+
+def test_every_multi_token_module_runs_the_head():
+    """80 tokens of 8 in three passes with weights [8, 32]; float32 logits [80, 32], four times."""
+    of_a_head = 3 * 2 * (80 * 8 + 8 * 32) + 4 * 4 * 80 * 32
+    assert hbm_traffic(workload())["head"] == of_a_head
+    modules = MultiToken(depth=2, layer=("attention", "mlp"))
+    assert hbm_traffic(workload(multi_token=modules))["head"] == 3 * of_a_head

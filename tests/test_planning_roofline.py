@@ -75,7 +75,8 @@ LARGE = dataclasses.replace(
 
 def test_seconds_are_work_over_published_rates():
     """A v5p does 459 TFLOP/s, moves 2,765 GB/s, sends 600 GB/s, and 6.25 GB/s to other slices."""
-    times = roofline(V5P, 459e12, 2 * 2765e9, 3 * 600e9, 4 * 6.25e9)
+    inside, outside = 3 * 600e9, 4 * 6.25e9
+    times = roofline(V5P, 459e12, 2 * 2765e9, inside + outside, outside)
     assert times == Roofline(1.0, 2.0, 3.0, 4.0)
     assert (times.seconds, times.seconds_in_turn, times.bound) == (4.0, 10.0, "network")
     assert times.mfu(459e12, 459e12) == 1 / 4
@@ -114,6 +115,9 @@ def test_what_crosses_slices_or_nodes_takes_the_network():
     node, nodes = parse_topology("h100:4"), parse_topology("h100:2x2")
     assert estimate(resolve(CONFIG, 4), node).network == 0
     assert estimate(resolve(CONFIG, 4), nodes).network > 0
+    # In nodes of one GPU nothing is sent inside.
+    alone = estimate(resolve(CONFIG, 4), parse_topology("h100:4x1"))
+    assert alone.interconnect == pytest.approx(0, abs=1e-12) and alone.network > 0
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,12 @@ import pytest
 
 from configs import deepseek_v3, gpt_oss, jamba, mixtral, switch_base
 from moe_jax.config import from_config_dict
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.cross_attention import CrossAttention
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.stack import StackLayout
+from moe_jax.moe.part import MoE
+from moe_jax.part import Dims
 from moe_jax.plan import Options, run
 from moe_jax.planning.hardware import CHIPS
 from moe_jax.planning.serving import (
@@ -20,6 +26,7 @@ from moe_jax.planning.serving import (
     first_compute_bound,
     serving_costs,
 )
+from moe_jax.weights.quantised import Quantisation
 
 H100 = CHIPS["h100"]
 # A million weights in 8 experts, of which a token uses 2, and a million other weights.
@@ -56,6 +63,49 @@ def test_a_token_alone_reads_its_own_experts():
     assert SMALL.read("bfloat16", 1000) == pytest.approx(2 * 2e6 + 1e6)
 
 
+# M = 8, one layer of attention with 2 heads of 4, E = 4 experts of H = 12, K = 2: 192 weights each.
+TINY = LanguageModel(
+    vocab_size=32, model_dim=8, compute_dtype="bfloat16",
+    parts={
+        "attention": Attention(num_heads=2, head_dim=4),
+        "moe": MoE(num_experts=4, num_selected_experts=2, expert_dim=12),
+    },
+    stack=StackLayout(repeats=1),
+)  # fmt: skip
+
+
+def tiny(**moe):
+    changed = dataclasses.replace(TINY.part["moe"], **moe)
+    return serving_costs(dataclasses.replace(TINY, parts=TINY.part | {"moe": changed}), 16)
+
+
+@pytest.mark.parametrize("free", ["num_zero_experts", "num_copy_experts"])
+def test_choices_of_experts_that_compute_nothing_read_no_expert(free):
+    """Two choices fall on 4 experts and 4 free options: one expert is read, and one is computed."""
+    costs = tiny(**{free: 4})
+    read = costs.read("bfloat16", 1) - costs.cache - 2 * (costs.rest - costs.unread)
+    assert read == 2 * 1 * 192
+    # The router has 4 columns more, and half of the choices compute.
+    assert costs.flops == tiny().flops + 2 * 8 * 4 - 2 * 192
+
+
+def test_a_decode_computes_the_experts_that_evaluation_selects():
+    """Three of four in place of two: one more expert of 192 weights is read and computed."""
+    costs, plain = tiny(eval_num_selected_experts=3), tiny()
+    assert costs.read("bfloat16", 1) == plain.read("bfloat16", 1) + 2 * 192
+    assert costs.flops == plain.flops + 2 * 192
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_count_the_same_if_a_model_stores_them_quantised(bits):
+    """The embedding has 32 x 8 weights, whatever arrays hold them."""
+    untied = dataclasses.replace(TINY, tie_embeddings=False)
+    stored = Quantisation(names=("embedding",), bits=bits, group_size=4)
+    quantised = dataclasses.replace(untied, quantisation=stored)
+    assert serving_costs(quantised, 16) == serving_costs(untied, 16)
+    assert serving_costs(quantised, 16).unread == 32 * 8
+
+
 def test_weights_by_precision():
     """Scales take half a bit per weight."""
     assert SMALL.weights("float32") == 8e6
@@ -90,11 +140,18 @@ def test_a_decode_leaves_an_encoder_alone():
     model = model_of(switch_base)
     costs = serving_costs(model, 512)
     specs = model.specs()
-    of_decoder = [*jax.tree.leaves(specs["stack"]), *jax.tree.leaves(specs["embedding"])]
+    of_decoder = jax.tree.leaves([specs[name] for name in ("stack", "embedding", "final_norm")])
     rest = sum(spec.size for spec in of_decoder if spec.component != "experts")
-    assert costs.rest - costs.unread == pytest.approx(rest, rel=1e-4)  # they differ by a norm
+    keys_and_values = 12 * 2 * 768 * 768  # of cross-attention, which only the prefill reads
+    assert costs.rest - costs.unread == rest - keys_and_values
     assert len(costs.sparse) == 1 and costs.sparse[0][:2] == (8, 1)
     assert costs.sparse[0][2] == costs.experts // 2
+
+
+def test_a_decode_reads_keys_and_values_of_the_memory_from_the_cache():
+    """M = 8, 2 heads of 4: products with two of four matrices, and scores of 20 places."""
+    part, dims = CrossAttention(num_heads=2, head_dim=4), Dims(8, memory_length=20)
+    assert part.decode_flops(dims, 10, "bfloat16") == 2 * 2 * 8 * 8 + 2 * 2 * 20 * 8
 
 
 def test_a_long_context_is_never_bound_by_flops():

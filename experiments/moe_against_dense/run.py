@@ -13,7 +13,7 @@ from moe_jax.config.json_text import json_text
 from moe_jax.files import write_atomically
 from moe_jax.training.files import read_json
 from moe_jax.training.loop import train
-from moe_jax.training.metrics import EVALUATION_FILE, RUN_FILE, read_metrics
+from moe_jax.training.metrics import EVALUATION_FILE, RUN_FILE, read_metrics, training_seconds
 
 HERE = pathlib.Path(__file__).parent
 ARMS = {"moe": "", "dense": "dense"}
@@ -28,12 +28,11 @@ def run_arm(arm: str, seed: int, directory: pathlib.Path) -> dict[str, float | s
     train(from_config_dict(settings), directory)
     said = read_json(directory / EVALUATION_FILE)
     record = read_json(directory / RUN_FILE)
-    rows = read_metrics(directory / "metrics.jsonl")
-    seconds = sum(row.get("perf/seconds_per_step", 0) for row in rows)
+    seconds = training_seconds(read_metrics(directory / "metrics.jsonl"))
     return {
         "bits_per_byte": said["dropless"]["bits_per_byte"],
         "nats_per_token": said["dropless"]["nats_per_token"],
-        "training_minutes": seconds * settings.training.log_every / 60,
+        "training_minutes": seconds / 60,
         "commit": record["commit"],
     }
 

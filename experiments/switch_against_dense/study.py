@@ -1,5 +1,7 @@
 """Switch against dense: more experts at equal active FLOPs, and the steps they save."""
 
+import math
+
 from experiments.results import LOSS, Results, measured
 from experiments.study import (
     BPE_8K,
@@ -47,6 +49,8 @@ def falls_with_experts(results: Results) -> Finding:
     if len(seeds) < results.least_seeds:
         return too_few("E = 1, 2, 4, 8", len(seeds), results.least_seeds)
     rho = spearman([1, 2, 4, 8], [-sum(values[s] for s in seeds) for values in losses])
+    if math.isnan(rho):
+        return Finding(INCONCLUSIVE, "no rank correlation: all losses are equal, or all diverged")
     verdict = REPRODUCED if rho >= 0.8 else NOT_REPRODUCED
     return Finding(verdict, f"Spearman correlation {rho:.2f}, at least 0.8 asked for")
 

@@ -15,6 +15,7 @@ from moe_jax.analysis.drawing import COLORS, GREY, Figure, plain_axes, png_bytes
 from moe_jax.analysis.figures import Curve, cut_the_start, smooth
 from moe_jax.analysis.names import in_figure
 from moe_jax.analysis.runs import Entry
+from moe_jax.training.metrics import SECONDS_PER_STEP, elapsed
 
 HELDOUT, TRAIN = "heldout/dropless/bits_per_byte", "train/loss"
 MAX_NAMES = 24  # in the legend
@@ -78,19 +79,10 @@ def flops_of(entry: Entry, steps: np.ndarray) -> np.ndarray | None:
 
 def seconds_of(entry: Entry, steps: np.ndarray) -> np.ndarray | None:
     """Seconds of training after the given steps, without evaluation and checkpoints."""
-    logged, seconds = entry.run.curve("perf/seconds_per_step")
+    logged, seconds = entry.run.curve(SECONDS_PER_STEP)
     if not len(logged):
         return None
     return np.interp(steps, np.append(0, logged), np.append(0, elapsed(logged, seconds)))
-
-
-def elapsed(steps: np.ndarray, seconds_per_step: np.ndarray) -> np.ndarray:
-    """Seconds after each logged step: a logged time applies to the steps since the previous one.
-
-    >>> elapsed(np.array([10, 20, 40]), np.array([1.0, 2.0, 1.0])).tolist()
-    [10.0, 30.0, 50.0]
-    """
-    return np.cumsum(np.diff(steps, prepend=0) * np.nan_to_num(seconds_per_step))
 
 
 Measure = Callable[[Entry, np.ndarray], np.ndarray | None]

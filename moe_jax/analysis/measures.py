@@ -141,7 +141,7 @@ def _information(
         "shuffled": plain(float(shuffled.mean())),
         "shuffled_largest": plain(float(shuffled.max())),
         "random": plain(chance),
-        "at_most": plain(math.log2(num_experts / mean_choices)),
+        "at_most": plain(math.log2(min(num_experts / mean_choices, there))),
     }
 
 

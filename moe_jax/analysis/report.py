@@ -35,6 +35,7 @@ from moe_jax.training.metrics import (
     SAMPLE_FILE,
     extensions,
     read_metrics,
+    training_seconds,
 )
 from moe_jax.training.ways import CAPACITIES, Way, notes_of, way_of, ways_of
 
@@ -318,7 +319,7 @@ def _facts(run: Run) -> str:
     commit = record.get("commit") or "not run from a checkout"
     facts = {
         "parameters": _parameters(run),
-        "time in training steps": f"{_seconds(run):,.0f} s",
+        "time in training steps": f"{training_seconds(run.rows):,.0f} s",
         **_speed(run),
         "commit": commit + (" with uncommitted changes" if record.get("dirty") else ""),
         "command": in_code(" ".join(record["command"])),
@@ -344,12 +345,6 @@ def _parameters(run: Run) -> str:
         count = count_parameters(config.model, config.lengths)
         recorded = {"total": count.total, "active": count.active}
     return f"{recorded['total']:,} in all, {recorded['active']:,} used by a token"
-
-
-def _seconds(run: Run) -> float:
-    """The sum of step times; each logged time applies to the steps since the previous one."""
-    steps, seconds = run.curve("perf/seconds_per_step")
-    return float(np.sum(np.diff(steps, prepend=0) * seconds))
 
 
 def _speed(run: Run) -> dict[str, str]:

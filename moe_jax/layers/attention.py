@@ -166,7 +166,6 @@ class Attention(Part):
             saved_dots=Bytes(width * size, (heads + 2 * kv_heads) * size),
             traffic=Bytes(4 * width * size, (3 * heads + 5 * kv_heads) * size),
             sums=width * size,
-            cache=Bytes(split=2 * kv_heads * size),
         )
         scores = scores_cost(
             self.kernel, dtype=dtype, length=length + self.prefix, heads=self.num_heads,

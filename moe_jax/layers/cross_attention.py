@@ -31,6 +31,7 @@ class CrossAttention(Part):
 
     reads_memory: ClassVar[bool] = True
     takes_back: ClassVar[bool] = True  # its cache has no tokens of the decoder
+    prefill_only: ClassVar[tuple[str, ...]] = ("wk", "wv", "bk", "bv", "k_norm")
 
     num_heads: int = setting(4, at_least=1)  # N: query heads
     num_kv_heads: int = setting(0, at_least=0)  # key and value heads (GQA); 0: N
@@ -125,13 +126,17 @@ class CrossAttention(Part):
             saved_dots=Bytes(width * size, (heads + 2 * share * kv_heads) * size),
             traffic=Bytes((2 + 2 * share) * width * size, 2 * (heads + share * kv_heads) * size),
             sums=width * size,
-            cache=Bytes(split=2 * share * kv_heads * size),
         )
         scores = scores_cost(
             self.kernel, dtype=dtype, length=memory, heads=self.num_heads,
             kv_heads=self.attention.kv_heads, dims=(self.head_dim, self.head_dim), share=share,
         )  # fmt: skip
         return (projections, scores)
+
+    def decode_flops(self, dims: Dims, length: int, dtype: str) -> float:
+        """See `Part`: queries and outputs; the cache has the keys and values of the memory."""
+        _, scores = self.costs(dims, length, dtype)
+        return 2 * dims.model_dim * 2 * self.num_heads * self.head_dim + scores.flops
 
     def resolved(self, dtype: str, in_prefix: bool = False) -> Part:
         """See `Part`: the kernel."""

@@ -220,7 +220,6 @@ class LatentAttention(Part):
                 (q + keys_values + out) * size,
             ),
             sums=width * size,
-            cache=Bytes(latent * size),
         )  # fmt: skip
         scores = scores_cost(
             self.kernel, dtype=dtype, length=length, heads=heads, kv_heads=heads,

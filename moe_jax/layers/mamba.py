@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config.settings import setting
-from moe_jax.costs import FLOAT32, Bytes, Cost, cache_bytes
+from moe_jax.costs import FLOAT32, Bytes, Cost
 from moe_jax.layers.attention import affine
 from moe_jax.layers.norms import RMSNorm
 from moe_jax.parallel.rules import constrain
@@ -193,7 +193,6 @@ class Mamba(Part):
             saved_dots=Bytes((model + chosen) * size, 3 * inner * size),
             traffic=Bytes((3 * model + chosen + rank) * size, 5 * inner * size),
             sums=(model + chosen) * size,
-            cache=cache_bytes(self.cache_specs(dims, 1, length)).times(1 / length),
         )
         scan = Cost(
             "other",

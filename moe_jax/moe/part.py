@@ -310,6 +310,12 @@ class MoE(Part):
         """See `Part` and `moe_costs`."""
         return moe_costs(self, dims, length, dtype)
 
+    def decode_flops(self, dims: Dims, length: int, dtype: str) -> float:
+        """See `Part`: with the K of evaluation."""
+        selected = self.num_selected(training=False)
+        moe = dataclasses.replace(self, num_selected_experts=selected, eval_num_selected_experts=0)
+        return sum(cost.flops for cost in moe.costs(dims, length, dtype))
+
     def savings(self) -> Iterable[Saving]:
         """See `Part`."""
         return moe_savings(self)

@@ -16,7 +16,7 @@ from moe_jax.costs import KIND_OF_COMPONENT
 from moe_jax.models.trained import training_marks
 from moe_jax.parallel.rules import mesh_axes
 from moe_jax.parameters import ParameterSpec
-from moe_jax.planning.flops import KINDS
+from moe_jax.planning.flops import KINDS, num_heads
 from moe_jax.planning.parameters import abstract_mesh, local_size
 from moe_jax.planning.workload import Workload
 
@@ -106,16 +106,17 @@ def collectives(work: Workload) -> list[Collective]:
 def _of_weights(work: Workload) -> Iterator[Collective]:
     """Weights gathered over fsdp, for the forward and again for the backward pass, and gradients.
 
-    They are sent once per microbatch, in the compute dtype, or as stored if that is smaller. A
-    gradient is summed over the devices that saw other tokens: reduce-scattered over fsdp, then
-    all-reduced over the axes that hold copies.
+    They are sent once per microbatch, in the compute dtype, or as stored if that is smaller. A tied
+    table is gathered for the head, and tokens look up their rows in what was gathered. A gradient
+    is summed over the devices that saw other tokens: reduce-scattered over fsdp, then all-reduced
+    over the axes that hold copies.
     """
     mesh, num_microbatches = work.mesh, work.config.training.num_microbatches
     sizes = dict(abstract_mesh(mesh).shape)
     batch_axes = mesh_axes("batch", abstract_mesh(mesh))
     specs = work.model.specs()  # as stored: with adapters, and quantised
     trains = jax.tree.leaves(training_marks(work.config.optimizer, specs))
-    for spec, trained in zip(jax.tree.leaves(specs), trains, strict=True):
+    for (path, spec), trained in zip(jax.tree.leaves_with_path(specs), trains, strict=True):
         has_gradient = work.learns and trained
         kind = KIND_OF_COMPONENT.get(spec.component, "other")
         name = spec.component.replace("_", " ")
@@ -124,15 +125,17 @@ def _of_weights(work: Workload) -> Iterator[Collective]:
         local = local_size(spec, mesh) * itemsize * num_microbatches
         if "fsdp" in split:
             whole = local * sizes["fsdp"]
-            gathered = whole
+            is_tied = work.model.tie_embeddings and path[0].key == "embedding"
+            forward, passes = whole, 1 + work.learns
             if spec.component == "embedding":
-                # A lookup may send the tokens' rows instead of the table.
+                # A lookup may send the tokens' rows instead of the table; it has no backward pass.
                 rows = work.tokens * work.model.model_dim * work.itemsize
-                gathered = min(whole, rows * num_microbatches)
-            times = 2 if work.learns and spec.component != "embedding" else 1
-            times += work.extra_forward_passes * (spec.component != "head")
+                forward = min(whole, rows * num_microbatches)
+                passes = 1 + work.learns * is_tied
+            gathered = passes * (whole if is_tied else forward)
+            gathered += work.extra_forward_passes * (spec.component != "head") * forward
             yield Collective(
-                f"{name} weights", kind, "all-gather", ("fsdp",), sizes["fsdp"], times * gathered
+                f"{name} weights", kind, "all-gather", ("fsdp",), sizes["fsdp"], gathered
             )
             if has_gradient:
                 yield Collective(
@@ -166,7 +169,8 @@ def _of_tensor_parallel(work: Workload) -> Iterator[Collective]:
     """Sums over `tensor` of the outputs of heads and hidden units: T x M, or slots x M.
 
     One forward (the output), one backward (the input's gradient). Remat "full" repeats a sum if its
-    layer needs the result. Head and embedding: one each.
+    layer needs the result. An embedding is summed forward, the input's gradient of the head
+    backward; a multi-token module has both.
     """
     model, passes = work.model, 1 + work.learns + work.extra_forward_passes
     full = work.learns and model.remat == "full"
@@ -176,7 +180,9 @@ def _of_tensor_parallel(work: Workload) -> Iterator[Collective]:
 
     sums = {kind: of_kind(kind) for kind in KINDS}
     of_head = work.decoder_tokens / work.tokens
-    sums["head"] = (1 + work.learns * of_head) * model.model_dim * work.itemsize
+    ends = 1 + work.extra_forward_passes + work.learns * of_head
+    ends *= num_heads(model) if work.learns else 1
+    sums["head"] = ends * model.model_dim * work.itemsize
     for kind, size in sums.items():
         name, tokens = f"{kind.replace('_', ' ')} output", work.tokens
         size *= tokens * work.config.training.num_microbatches

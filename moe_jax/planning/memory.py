@@ -9,13 +9,12 @@ import math
 
 import jax
 
-from moe_jax.config import MeshConfig
+from moe_jax.config import Lengths, MeshConfig
 from moe_jax.costs import FLOAT32
 from moe_jax.parameters import ParameterSpec
 from moe_jax.planning.flops import (
     Placed,
     different_layers,
-    different_parts,
     module_layers,
     num_heads,
 )
@@ -26,6 +25,7 @@ from moe_jax.planning.parameters import (
     shards_of,
     training_parameters,
 )
+from moe_jax.planning.serving import caches_of_a_text
 from moe_jax.planning.workload import Workload
 from moe_jax.training.optimizers import moments_of
 
@@ -192,15 +192,10 @@ def dispatch_bytes(work: Workload, layer: Placed) -> float:
 
 
 def kv_cache_bytes(work: Workload, batch_size: int, length: int) -> float:
-    """Bytes of the cache, such as keys and values, of a generating batch on one device.
+    """Bytes of the caches, such as keys and values, of a generating batch on one device.
 
     Sequences are split over all axes except tensor (at least one per device), heads over tensor.
     """
     sequences = max(1, batch_size / work.mesh.batch_shards)
-    caches = (
-        placed.times * cost.cache.on(work.mesh.tensor)
-        for placed in different_parts(work.model, work.lengths)
-        if placed.within.name != "encoder"
-        for cost in work.costs_of(placed)
-    )
-    return sequences * length * sum(caches)
+    caches = caches_of_a_text(work.model, Lengths(length, work.lengths.encoder))
+    return sequences * caches.on(work.mesh.tensor)

@@ -53,13 +53,21 @@ class Roofline:
 def roofline(
     topology: Topology, flops: float, hbm_bytes: float, wire_bytes: float, crossing_bytes: float
 ) -> Roofline:
-    """The work of one device, divided by its share of the chip's rates."""
+    """The work of one device, divided by its share of the chip's rates.
+
+    Args:
+      topology: the machine.
+      flops: computed.
+      hbm_bytes: to and from memory.
+      wire_bytes: sent, inside and out of the slice or node.
+      crossing_bytes: those of them that leave it, by the network card alone.
+    """
     chip = topology.chip
     n = chip.devices
     return Roofline(
         compute=flops * n / chip.flops,
         memory=hbm_bytes * n / chip.hbm_bandwidth,
-        interconnect=wire_bytes * n / chip.interconnect,
+        interconnect=(wire_bytes - crossing_bytes) * n / chip.interconnect,
         network=crossing_bytes * n / chip.network,
     )
 

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.config import Lengths
+from moe_jax.costs import Bytes, kept_bytes
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.multi_token import without_modules
-from moe_jax.planning.flops import different_parts
+from moe_jax.planning.flops import different_parts, lengths_of
 from moe_jax.planning.hardware import CHIPS, Chip
 from moe_jax.planning.parameters import count_parameters
 
@@ -36,12 +38,13 @@ class ServingCosts(NamedTuple):
     Attributes:
       experts: weights of routed experts, all layers.
       rest: all other weights.
-      sparse: for each routed part, its experts E, experts per token K, and weights.
+      sparse: for each routed part, the options N of its router (experts E, and those that compute
+        nothing), the choices K of a token, and the weights of its experts.
       context: tokens that a decoded token sees.
       cache: bytes of the caches of one text of `context` tokens, in the compute dtype.
       flops: FLOPs per decoded token.
-      unread: weights in `rest` that decoding does not read: those of an encoder, and an untied
-        input embedding, of which it reads single rows.
+      unread: weights in `rest` that decoding does not read: those of an encoder, those that only a
+        prefill reads, and an untied input embedding, of which it reads single rows.
     """
 
     experts: int
@@ -60,10 +63,10 @@ class ServingCosts(NamedTuple):
     def read(self, precision: str, batch: int) -> float:
         """Bytes read to decode one token of each text; experts that no token uses are not read.
 
-        Choices are taken as independent and even: of E experts, E (1 - (1 - K / E)^B) are used.
+        Choices are taken as independent and even: of E experts, E (1 - (1 - K / N)^B) are used.
         """
         of_experts, of_rest = PRECISIONS[precision]
-        used = sum(size * (1 - (1 - k / e) ** batch) for e, k, size in self.sparse)
+        used = sum(size * (1 - (1 - k / n) ** batch) for n, k, size in self.sparse)
         rest = self.rest - self.unread
         return (used * of_experts + rest * of_rest) / 8 + batch * self.cache
 
@@ -82,7 +85,7 @@ def serving_costs(model: LanguageModel, context: int) -> ServingCosts:
             for spec in jax.tree.leaves(part.specs(model.dims).get("experts", {}))
         )  # fmt: skip
         layers = len(model.moe_layers[name])
-        sparse.append((part.num_experts, part.num_selected(training=False), size * layers))
+        sparse.append((part.num_options, part.num_selected(training=False), size * layers))
     return ServingCosts(
         experts=parameters.experts,
         rest=parameters.total - parameters.experts,
@@ -106,11 +109,18 @@ def decode_flops(model: LanguageModel, context: int) -> float:
 
 def unread_weights(model: LanguageModel) -> int:
     """See `ServingCosts.unread`."""
-    specs = model.specs()
-    unread = [spec for spec in jax.tree.leaves(specs.get("encoder", {}))]
-    if not model.tie_embeddings:
-        unread += jax.tree.leaves(specs["embedding"])
-    return sum(spec.size for spec in unread if spec.component != "experts")
+    specs, decoder = model.plain_specs(), model.decoder
+    names = [name for name in specs if name.startswith("encoder")]  # also its embedding and norm
+    names += [] if model.tie_embeddings else ["embedding"]
+    unread = [spec for name in names for spec in jax.tree.leaves(specs[name])]
+    total = sum(spec.size for spec in unread if spec.component != "experts")
+    layers = decoder.layer_indices()
+    for name, part in decoder.parts().items():
+        copies = 1 if name in decoder.tied else len(layers[name])
+        own = part.specs(model.dims)
+        of_prefill = [own[key] for key in part.prefill_only if key in own]
+        total += copies * sum(spec.size for spec in jax.tree.leaves(of_prefill))
+    return total
 
 
 def stored_bytes(model: LanguageModel) -> int:
@@ -121,13 +131,15 @@ def stored_bytes(model: LanguageModel) -> int:
 
 def cache_bytes(model: LanguageModel, context: int) -> int:
     """Bytes of the caches of one text of `context` tokens, as `inference` keeps them."""
-    dims = model.dims._replace(memory_length=context if model.has_encoder else 0)
-    total = 0
-    for spec in jax.tree.leaves(model.decoder.cache_specs(dims, 1, context)):
-        narrowed = spec.component == "cache" and jnp.issubdtype(spec.dtype, jnp.floating)
-        dtype = model.compute_dtype if narrowed else spec.dtype
-        total += spec.size * jnp.dtype(dtype).itemsize
-    return total
+    return int(caches_of_a_text(model, context).on(1))
+
+
+def caches_of_a_text(model: LanguageModel, length: int | Lengths) -> Bytes:
+    """`cache_bytes` of a text of `length` tokens, and what a mesh splits of them."""
+    lengths = lengths_of(model, length)
+    dims = model.dims._replace(memory_length=lengths.encoder)
+    specs = model.decoder.cache_specs(dims, 1, lengths.decoder)
+    return kept_bytes(specs, model.compute_dtype)
 
 
 class Decoding(NamedTuple):

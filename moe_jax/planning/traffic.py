@@ -5,7 +5,7 @@ Elementwise work is assumed to be fused with them. Legend of shapes: `moe_jax.mo
 """
 
 from moe_jax.costs import FLOAT32, KIND_OF_COMPONENT, Bytes, Cost
-from moe_jax.planning.flops import KINDS
+from moe_jax.planning.flops import KINDS, num_heads
 from moe_jax.planning.parameters import (
     gathered_size,
     local_size,
@@ -21,9 +21,9 @@ def hbm_traffic(work: Workload) -> dict[str, float]:
 
     In the forward pass, a product of rows [T, I] and weights [I, O] moves T I + I O + T O numbers
     in the compute dtype. The backward pass moves twice that (for the gradients of input and
-    weight), and remat adds one more for what it computes again. The head adds its float32 logits.
-    The optimizer reads gradient, parameter and moments of what trains and writes the last two. A
-    teacher runs forward once.
+    weight), and remat adds one more for what it computes again. The head adds its float32 logits,
+    and runs once more for each multi-token module. The optimizer reads gradient, parameter and
+    moments of what trains and writes the last two. A teacher runs forward once.
     """
     model, mesh = work.model, work.mesh
     weights, num_microbatches = _gathered(work), work.config.training.num_microbatches
@@ -43,7 +43,8 @@ def hbm_traffic(work: Workload) -> dict[str, float]:
     logits = Bytes(split=work.decoder_tokens * model.vocab_size * FLOAT32).on(mesh.tensor)
     if not work.learns:
         return total | {"head": num_microbatches * (work.itemsize * numbers + logits)}
-    total["head"] = num_microbatches * (3 * work.itemsize * numbers + 4 * logits)
+    of_a_head = 3 * work.itemsize * numbers + 4 * logits
+    total["head"] = num_microbatches * num_heads(model) * of_a_head
     total["teacher"] = sum(sum(hbm_traffic(teacher).values()) for teacher in work.teachers)
     optimizer = work.config.optimizer
     passes_of_gradient = 2 if optimizer.name == "adafactor" else 1  # its statistics, then the step

@@ -37,6 +37,7 @@ CONFIG_FILE = "config.json"
 EVALUATION_FILE = "evaluation.json"
 SAMPLE_FILE = "sample.txt"
 REPORT = "report"  # the folder of the report
+SECONDS_PER_STEP = "perf/seconds_per_step"
 LAST_BYTES = 2**20  # at the end of a metrics file, which contain its last lines
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -248,6 +249,30 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
             ) from error
         rows.append({name: numbers(value) for name, value in row.items()})
     return rows
+
+
+def elapsed(steps: np.ndarray, seconds_per_step: np.ndarray) -> np.ndarray:
+    """Seconds of training steps until each logged step, without evaluations and checkpoints.
+
+    A logged time applies to the steps since the previous one.
+
+    >>> elapsed(np.array([10, 20, 40]), np.array([1.0, 2.0, 1.0])).tolist()
+    [10.0, 30.0, 50.0]
+    """
+    return np.cumsum(np.diff(steps, prepend=0) * np.nan_to_num(seconds_per_step))
+
+
+def training_seconds(rows: Sequence[Mapping[str, Any]]) -> float:
+    """`elapsed` at the last logged step of these rows; 0 without one.
+
+    >>> training_seconds([{"step": s, SECONDS_PER_STEP: 2.0} for s in (10, 20, 23)])
+    46.0
+    """
+    timed = [(row["step"], row[SECONDS_PER_STEP]) for row in rows if SECONDS_PER_STEP in row]
+    if not timed:
+        return 0.0
+    steps, seconds = np.array(timed, np.float64).T
+    return float(elapsed(steps, seconds)[-1])
 
 
 def last_step(path: str | pathlib.Path) -> int:
