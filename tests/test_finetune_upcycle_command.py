@@ -11,6 +11,7 @@ import pytest
 
 from moe_jax import prune_experts, upcycle
 from moe_jax.__main__ import main
+from moe_jax.config import InitFrom
 from moe_jax.finetune import made
 from moe_jax.interchange.read import from_hf
 from moe_jax.training.files import read_json
@@ -117,6 +118,15 @@ def test_a_kill_leaves_nothing_that_looks_finished(dense, tmp_path, monkeypatch)
     assert main(["upcycle", f"--workdir={dense}", f"--output={output}", "--experts=2"]) == 0
     assert load_run(output)[0].model.part["moe"].num_experts == 2
     assert not begun.exists()
+
+
+def test_a_made_model_does_not_start_as_the_run_did_that_it_was_made_from(dense, tmp_path):
+    config, state = load_run(dense)
+    given = InitFrom("elsewhere", 3, optimizer_state=True, fresh=("embedding",))
+    origin = {"made_by": "quantise", "step": 7}
+    config = dataclasses.replace(config, init_from=given)
+    made.save_made(dense, config, state, tmp_path / "new", origin)
+    assert load_run(tmp_path / "new")[0].init_from == InitFrom()
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moe_jax.config import ExperimentConfig, MeshConfig
+from moe_jax.config import ExperimentConfig, InitFrom, MeshConfig
 from moe_jax.config.check import require
 from moe_jax.data.tokenizers import form_and_path
 from moe_jax.files import require_absent, whole_or_absent
@@ -173,6 +173,8 @@ def save_made(
 ) -> None:
     """Writes the directory of a model made from a run, completely or not at all.
 
+    Its config starts from no other model: nothing that `init_from` said of the run holds for it.
+
     Args:
       workdir: of that run; a tokenizer in it is copied.
       config: of the new model.
@@ -181,7 +183,7 @@ def save_made(
       origin: how it was made, as JSON values; `made_by` is the command.
     """
     record, _ = recorded_run(workdir)
-    config = dataclasses.replace(config, mesh=MeshConfig())
+    config = dataclasses.replace(config, mesh=MeshConfig(), init_from=InitFrom())
     kept = inherited(origin_of_run(workdir), origin["made_by"])
     with whole_or_absent(output) as partial:
         names = copy_tokenizer(workdir / TOKENIZER, partial / TOKENIZER)
