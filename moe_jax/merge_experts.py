@@ -28,6 +28,7 @@ def main() -> None:
     source = made.open_source(
         workdir, output, command_line.mesh_of_flag(), values.step,
         trust=values.trust, moments=values.optimizer_state, num_batches=values.batches,
+        check=merge_experts,
     )  # fmt: skip
     load = source.said.load if values.weights == "load" else None
     remodel = merge_experts(source.config, load)
@@ -35,6 +36,7 @@ def main() -> None:
         source, remodel, jax.random.key(0),
         optimizer_state=values.optimizer_state, position=values.position,
     )  # fmt: skip
+    print(made.describe_names(remodel), end="")
     for old, new in remodel.origins:
         layers = ", ".join(map(str, source.config.model.layers_of[old]))
         print(f"{new}: layers {layers} are means of the experts of {old}")

@@ -16,6 +16,7 @@ from moe_jax.config.check import require
 from moe_jax.merge_experts import define_shared_flags
 
 if TYPE_CHECKING:
+    from moe_jax.config import ExperimentConfig
     from moe_jax.finetune.downcycle import Load
     from moe_jax.finetune.made import Source
 
@@ -46,6 +47,7 @@ def main() -> None:
     source = made.open_source(
         workdir, output, command_line.mesh_of_flag(), values.step,
         trust=values.trust, moments=values.optimizer_state, num_batches=values.batches,
+        check=check_dropped,
     )  # fmt: skip
     kept = experts_to_keep(source)
     remodel = prune_experts(source.config, kept)
@@ -64,6 +66,19 @@ def main() -> None:
     }
     made.save(source, remodel, state, output, origin)
     print(f"{output} is the smaller model of {workdir}")
+
+
+def check_dropped(config: "ExperimentConfig") -> None:
+    """Checks --drop against a model, or without it, that the model has experts.
+
+    Raises:
+      ValueError: an expert number does not exist, or too few experts are left.
+    """
+    from moe_jax.finetune.downcycle import prune_experts, routed_parts, without_experts
+
+    routed_parts(config.model)
+    if flags.FLAGS.drop:
+        prune_experts(config, without_experts(config.model, list(map(int, flags.FLAGS.drop))))
 
 
 def experts_to_keep(source: "Source") -> "Load":

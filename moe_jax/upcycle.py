@@ -41,13 +41,14 @@ def main() -> None:
     source = made.open_source(
         workdir, output, command_line.mesh_of_flag(), values.step,
         trust=values.trust, moments=values.optimizer_state,
+        check=lambda config: upcycle(config, upcycling),
     )  # fmt: skip
     remodel = upcycle(source.config, upcycling)
     state = made.make(
         source, remodel, jax.random.key(values.seed),
         optimizer_state=values.optimizer_state, position=values.position,
     )  # fmt: skip
-    print(description(remodel))
+    print(made.describe_names(remodel) + description(remodel))
     apart = made.compare(source, remodel, state)
     print(made.judge(source, apart, allow_change=values.allow_change, fix=FIX))
     origin = {"made_by": "upcycle", "upcycling": to_dict(upcycling), "seed": values.seed,

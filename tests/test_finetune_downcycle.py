@@ -14,6 +14,7 @@ from moe_jax.finetune.downcycle import (
     weights_of,
     without_experts,
 )
+from moe_jax.finetune.made import describe_names
 from moe_jax.finetune.moments import remodelled_optimizer
 from moe_jax.finetune.preservation import TOLERANCE, Said, difference
 from moe_jax.finetune.remodel import remodelled, remodelled_state
@@ -213,6 +214,33 @@ def test_moments_of_muon_are_merged_beside_a_shared_expert(sparse):
     wanted = jax.eval_shape(lambda: init_state(remodel.new)).opt_state
     for given, expected in zip(*map(jax.tree.leaves, (made, wanted)), strict=True):
         assert (given.shape, given.dtype) == (expected.shape, expected.dtype)
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ({"frozen": ("router", "embedding")}, {"frozen": ("embedding",)}),
+        ({"trainable": ("router", "norms")}, {"trainable": ("norms",)}),
+        ({"trainable": ("moe",), "frozen": ("router",)}, {}),
+        ({"trainable": ("experts", "norms"), "frozen": ("norms",)}, {}),
+        (
+            {"learning_rates": (("experts", 0.5), ("attention", 0.1))},
+            {"learning_rates": (("attention", 0.1),)},
+        ),
+    ],
+)
+def test_names_that_the_new_model_lacks_choose_nothing_in_it(sparse, given, left):
+    """By hand: a dense model has attention, norms, an embedding, and a dense network."""
+    plain = sparse[0].optimizer
+    config = dataclasses.replace(sparse[0], optimizer=dataclasses.replace(plain, **given))
+    remodel = merge_experts(config)
+    assert remodel.new.optimizer == dataclasses.replace(plain, **left)
+    said = describe_names(remodel).partition("; now")[0]
+    names = dataclasses.replace(plain, **given).chosen
+    assert all((name in said) == (name not in remodel.new.optimizer.chosen) for name in names)
+    same = prune_experts(config, {"moe": np.array([[1, 2], [0, 3]])})
+    assert same.new.optimizer == config.optimizer and not describe_names(same)
+    assert upcycle(remodel.new, Upcycling(every=2)).new.optimizer == remodel.new.optimizer
 
 
 def test_what_cannot_be_made_is_refused(sparse):

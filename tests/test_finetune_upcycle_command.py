@@ -96,6 +96,7 @@ def test_an_error_of_the_user_is_found_before_anything_is_read(
         ("--block=router.renormalise=true", "--block=router.renormalise"),
         ("--top_k=9", "num_selected_experts must lie in 1..num_experts"),
         ("--layers=1,x", "--layers must be a list of numbers: 1,x"),
+        ("--layers=7", "the layers of the model are 0 to 1"),
         (f"--output={dense}", "is there already"),
     ]:
         assert message in refused(capsys, *arguments, wrong), wrong

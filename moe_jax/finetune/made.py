@@ -2,14 +2,14 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moe_jax.config import ExperimentConfig, InitFrom, MeshConfig
+from moe_jax.config import ExperimentConfig, InitFrom, MeshConfig, read_config
 from moe_jax.config.check import require
 from moe_jax.data.tokenizers import form_and_path
 from moe_jax.files import require_absent, whole_or_absent
@@ -68,6 +68,7 @@ def open_source(
     trust: bool = False,
     moments: bool = False,
     num_batches: int = 1,
+    check: Callable[[ExperimentConfig], object] | None = None,
 ) -> Source:
     """Loads a model and runs it on held-out text.
 
@@ -79,11 +80,15 @@ def open_source(
       trust: see `load_run`.
       moments: see `load_run`.
       num_batches: of text.
+      check: is called with the config before arrays are read, and raises if no model can be made.
 
     Raises:
       ValueError: `output` exists, or the run cannot be read.
     """
     require_absent(output)
+    record, _ = recorded_run(workdir, step)
+    if record and check is not None:  # without a record, `load_run` refuses the directory
+        check(read_config(record, ExperimentConfig, trust=trust))
     config, state = load_run(workdir, mesh, step, trust=trust, moments=moments)
     placed_on = make_mesh(config.mesh)
     batches = heldout_text(workdir, config, placed_on, num_batches)
@@ -127,6 +132,19 @@ def make(
     model_state = remodelled_state(remodel, state.model_state, key)
     step = state.step if position else jnp.zeros_like(state.step)
     return TrainState(step, params, opt_state, model_state, state.key_data)
+
+
+def describe_names(remodel: Remodel) -> str:
+    """The trained names that the new model lacks, as a line to print; "" if there are none."""
+    old, new = remodel.old.optimizer, remodel.new.optimizer
+    left_out = [name for name in dict.fromkeys(old.chosen) if name not in new.chosen]
+    if not left_out:
+        return ""
+    now = f"trainable={','.join(new.trainable)}, frozen={','.join(new.frozen) or '()'}"
+    return (
+        f"names of the optimizer that choose nothing in the new model are left out: "
+        f"{', '.join(left_out)}; now {now}\n"
+    )
 
 
 def compare(source: Source, remodel: Remodel, state: TrainState) -> float:
