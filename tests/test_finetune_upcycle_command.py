@@ -1,6 +1,7 @@
 """The commands upcycle, merge_experts and prune_experts: runs in, runs out, refusals."""
 
 import dataclasses
+import json
 import re
 from types import SimpleNamespace
 
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import moe_jax
 from moe_jax import prune_experts, upcycle
 from moe_jax.__main__ import main
-from moe_jax.config import InitFrom
+from moe_jax.config import InitFrom, write_config
 from moe_jax.finetune import made
 from moe_jax.interchange.read import from_hf
 from moe_jax.training.files import read_json
@@ -101,6 +103,27 @@ def test_an_error_of_the_user_is_found_before_anything_is_read(
     ]:
         assert message in refused(capsys, *arguments, wrong), wrong
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"adapters": {"rank": 2}}, r"it has adapters of attention\. Run merge_adapters first"),
+        ({"quantisation": {"bits": 4, "group_size": 8}}, r"of 4 bits\. Use the run that was"),
+    ],
+)
+def test_weights_of_several_arrays_are_refused_before_they_are_read(
+    setting, message, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(made, "load_run", lambda *_, **__: pytest.fail("the run was read"))
+    trainable = ("adapters",) if "adapters" in setting else ("all",)
+    config = tiny_config({"model": setting, "optimizer": {"trainable": trainable}})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(write_config(config)))
+    with pytest.raises(ValueError, match=message):
+        made.open_source(tmp_path / "run", tmp_path / "new")
+    with pytest.raises(ValueError, match=message):
+        moe_jax.to_hf(config, {}, tmp_path / "hf")
 
 
 def test_a_kill_leaves_nothing_that_looks_finished(dense, tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from moe_jax.finetune.preservation import (
     heldout_text,
 )
 from moe_jax.finetune.remodel import Remodel, remodelled, remodelled_state
+from moe_jax.models.wrapping import require_plain
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.imported import (
     INHERITED,
@@ -83,12 +84,15 @@ def open_source(
       check: is called with the config before arrays are read, and raises if no model can be made.
 
     Raises:
-      ValueError: `output` exists, or the run cannot be read.
+      ValueError: `output` exists, the run cannot be read, or its weights are not plain.
     """
     require_absent(output)
     record, _ = recorded_run(workdir, step)
-    if record and check is not None:  # without a record, `load_run` refuses the directory
-        check(read_config(record, ExperimentConfig, trust=trust))
+    if record:  # without one, `load_run` refuses the directory
+        recorded = read_config(record, ExperimentConfig, trust=trust)
+        require_plain(recorded.model)
+        if check is not None:
+            check(recorded)
     config, state = load_run(workdir, mesh, step, trust=trust, moments=moments)
     placed_on = make_mesh(config.mesh)
     batches = heldout_text(workdir, config, placed_on, num_batches)

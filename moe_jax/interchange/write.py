@@ -20,6 +20,7 @@ from moe_jax.interchange.rope import rope_of_transformers_4
 from moe_jax.interchange.rules import Rule
 from moe_jax.interchange.tensor_files import NAMES, SHARD_BYTES, ToWrite, write_tensors
 from moe_jax.models.model import LanguageModel
+from moe_jax.models.wrapping import require_plain
 
 LENGTHS = ("max_position_embeddings", "max_seq_len")  # the families' names of the context length
 # Settings that describe the files beside a config.json, not the model: Python modules, a dtype,
@@ -52,10 +53,11 @@ def to_hf(
       shard_bytes: maximum bytes per file.
 
     Raises:
-      ValueError: no family can express the model, the parameters do not fit it, or the path is
-        taken; nothing is written then.
+      ValueError: no family can express the model, it has adapters or quantised weights, the
+        parameters do not fit it, or the path is taken; nothing is written then.
     """
     model, path = config.model, pathlib.Path(path)
+    require_plain(model)
     chosen = family_of(model, family or (config.name if config.name in FAMILIES else ""))
     written = config_json(chosen.written(model), settings or {})
     leaves = leaves_of(model)
