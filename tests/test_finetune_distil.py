@@ -190,6 +190,15 @@ def test_a_teacher_has_the_averages_that_its_run_is_evaluated_with(optimizer, tm
     jax.tree.map(close, params, expected)
 
 
+def test_a_teacher_may_have_adapters(tmp_path):
+    trained = {"adapters": {"names": ("attention",), "rank": 2}}
+    config = tiny_config({"model": trained, "optimizer": {"trainable": ("adapters",)}})
+    params = saved(tmp_path / "adapted", config)
+    run = student(tmp_path / "adapted")
+    found, *_ = run.training.loss.arrays(run, one_device(run))
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
 @pytest.mark.slow
 def test_a_step_on_a_mesh_is_that_on_one_device(teacher):
     config, batch = student(teacher, weight=0.5), tiny_batch()

@@ -26,6 +26,7 @@ from moe_jax.training.loss import Batch, CrossEntropy, Scored, Totals, TrainingL
 from moe_jax.training.placement import check_run, state_shardings
 from moe_jax.training.state import abstract_state
 from moe_jax.training.workdir import Record, recorded_run
+from moe_jax.weights.low_rank import ADAPTERS
 
 
 def soft_nats(student_BLV: jax.Array, teacher_BLV: jax.Array, temperature: float) -> jax.Array:
@@ -113,7 +114,10 @@ class Distil(TrainingLoss):
             config,
             model=model,
             init_from=InitFrom(path=self.teacher, step=self.step, fresh=names_of_modules(whole)),
-            optimizer=OptimizerConfig(warmup_steps=0),  # the run's may name parts it does not have
+            # The run's may name parts that it does not have. Nothing of a teacher trains.
+            optimizer=OptimizerConfig(
+                warmup_steps=0, trainable=("all",) if model.adapters is None else (ADAPTERS,)
+            ),
             training=dataclasses.replace(config.training, loss=CrossEntropy()),
         )
 
