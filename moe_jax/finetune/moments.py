@@ -55,7 +55,8 @@ def remodelled_optimizer(
 ) -> Any:
     """The optimizer state of the new model: moments are carried and copied as parameters are.
 
-    A newly drawn parameter, such as a router's, has the moments of a new run.
+    A newly drawn parameter, such as a router's, has moments of 0. The step count of Adam is
+    one for all parameters and is carried, so the correction for its first steps is missing.
 
     Args:
       remodel: the two models; both configs have the same optimizer.

@@ -224,7 +224,10 @@ def without_base(tree: Any) -> dict[str, str]:
 def match_moments(
     config: ExperimentConfig, saved: Mapping[str, str], fresh: set[str], where: str
 ) -> dict[str, str]:
-    """The optimizer's arrays, except those of fresh parameters; see `match_parameters`."""
+    """The optimizer's arrays, except those of fresh parameters; see `match_parameters`.
+
+    Fresh parameters have moments of 0 beside the carried step count; see `docs/finetuning.md`.
+    """
     state = abstract_state(config)
     params, kept = map(jax.tree_util.tree_leaves_with_path, (state.params, state.opt_state))
     is_fresh = {path: f"params/{name_of(path)}" in fresh for path, _ in params}
