@@ -130,7 +130,9 @@ def make(
     inference_rows(remodel.new, mesh)  # the mesh splits the new model
     opt_state: Any = ()
     if optimizer_state:
-        opt_state = remodelled_optimizer(remodel, state.opt_state, key, mesh, counts=position)
+        opt_state = remodelled_optimizer(
+            remodel, state.opt_state, state.params, key, mesh, counts=position
+        )
     source.state = state._replace(opt_state=(), params=None)
     params = remodelled(remodel, state.params, key, mesh, donate=True)
     model_state = remodelled_state(remodel, state.model_state, key)
