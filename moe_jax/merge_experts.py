@@ -30,7 +30,7 @@ def main() -> None:
         trust=values.trust, moments=values.optimizer_state, num_batches=values.batches,
         check=merge_experts,
     )  # fmt: skip
-    load = source.said.load if values.weights == "load" else None
+    load = source.outputs.load if values.weights == "load" else None
     remodel = merge_experts(source.config, load)
     state = made.make(
         source, remodel, jax.random.key(0),
@@ -53,8 +53,8 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "New directory, for the dense model.")
     flags.DEFINE_enum(
         "weights", "load", ["load", "uniform"],
-        "Of the experts of a layer in the mean: their shares of the choices of held-out text, or "
-        "all alike.",
+        "How to weight the experts of a layer: load (their share of the choices on held-out text), "
+        "or uniform.",
     )  # fmt: skip
     define_shared_flags()
 

@@ -94,7 +94,9 @@ def experts_to_keep(source: "Source") -> "Load":
     if values.drop:
         kept = without_experts(model, list(map(int, values.drop)))
     else:
-        load = {part: source.said.load[part][:, : moe.num_experts] for part, moe in parts.items()}
+        load = {
+            part: source.outputs.load[part][:, : moe.num_experts] for part, moe in parts.items()
+        }
         at_least = {
             part: max(moe.num_selected_experts, moe.eval_num_selected_experts)
             for part, moe in parts.items()
@@ -106,7 +108,7 @@ def experts_to_keep(source: "Source") -> "Load":
         "an expert must be dropped",
         f"--keep={values.keep} keeps all of them"
         if values.keep
-        else f"in some layer all of them are used by {source.said.num_tokens} tokens",
+        else f"in some layer all of them are used by {source.outputs.num_tokens} tokens",
         "Lower --keep" if values.keep else "Pass --drop or --keep, and perhaps --allow_change",
     )
     return {part: kept[part] for part in fewer}
@@ -117,7 +119,7 @@ def description(source: "Source", kept: "Load") -> str:
     model = source.config.model
     lines = []
     for part, kept_XE in kept.items():
-        load_XE = source.said.load[part]
+        load_XE = source.outputs.load[part]
         num_experts, count = model.moe_parts[part].num_experts, kept_XE.shape[1]
         for layer, own_E, load_E in zip(model.layers_of[part], kept_XE, load_XE, strict=True):
             dropped = [one for one in range(num_experts) if one not in own_E]
@@ -138,7 +140,10 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Directory of the run of the sparse model.")
     flags.DEFINE_string("output", None, "New directory, for the smaller model.")
     flags.DEFINE_list("drop", [], "Numbers of experts to drop from every layer.")
-    flags.DEFINE_integer("keep", None, "So many of each layer, the most loaded.", lower_bound=1)
+    flags.DEFINE_integer(
+        "keep", None, "Number of experts that each layer keeps, the most loaded ones.",
+        lower_bound=1,
+    )  # fmt: skip
     define_shared_flags()
 
 

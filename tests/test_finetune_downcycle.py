@@ -16,7 +16,7 @@ from moe_jax.finetune.downcycle import (
 )
 from moe_jax.finetune.made import describe_names
 from moe_jax.finetune.moments import remodelled_optimizer
-from moe_jax.finetune.preservation import TOLERANCE, Said, difference
+from moe_jax.finetune.preservation import TOLERANCE, Outputs, difference
 from moe_jax.finetune.remodel import remodelled, remodelled_state
 from moe_jax.finetune.upcycle import Upcycling, upcycle
 from moe_jax.finetune.ways import Shared
@@ -47,7 +47,7 @@ def sparse():
 
 
 def said_of(config, params, state, batches, mesh):
-    return Said(config, params, state.model_state, batches, mesh)
+    return Outputs(config, params, state.model_state, batches, mesh)
 
 
 def experts_of(params, name="wi"):
@@ -68,7 +68,7 @@ def test_dropping_experts_that_no_token_chooses_changes_nothing(sparse):
     np.testing.assert_array_equal(router, old_router[..., [0, 2]])
     model_state = remodelled_state(remodel, state.model_state, KEY)
     assert model_state["moe"]["bias_E"].tolist() == [[0, 0], [1, 1]]
-    new = Said(remodel.new, params, model_state, batches, mesh)
+    new = Outputs(remodel.new, params, model_state, batches, mesh)
     assert difference(said, new) <= TOLERANCE
 
 

@@ -10,7 +10,7 @@ import pytest
 from moe_jax.config.mesh import MeshConfig
 from moe_jax.config.settings import setting
 from moe_jax.finetune.moments import remodelled_optimizer
-from moe_jax.finetune.preservation import TOLERANCE, Said, difference
+from moe_jax.finetune.preservation import TOLERANCE, Outputs, difference
 from moe_jax.finetune.remodel import remodelled
 from moe_jax.finetune.upcycle import Upcycled, Upcycling, gates_without_preference, upcycle
 from moe_jax.finetune.ways import Copies, Drop, Granular, Noise, Shared, Way
@@ -213,7 +213,7 @@ def dense():
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, stack=layout))
     state, mesh = tiny_state(config), make_mesh(config.mesh)
     batches = [tiny_batch()]
-    return config, state, mesh, batches, Said(config, state.params, {}, batches, mesh)
+    return config, state, mesh, batches, Outputs(config, state.params, {}, batches, mesh)
 
 
 def test_layers_become_sparse_and_the_model_stays_the_same(dense):
@@ -227,7 +227,7 @@ def test_layers_become_sparse_and_the_model_stays_the_same(dense):
     wq = [own["attention"]["wq"] for own in layers_in_order(params, new)]
     old_XMM = state.params["stack"]["unit"]["0"]["attention"]["wq"]
     np.testing.assert_array_equal(np.stack(wq), old_XMM)
-    assert difference(said, Said(remodel.new, params, {}, batches, mesh)) <= TOLERANCE
+    assert difference(said, Outputs(remodel.new, params, {}, batches, mesh)) <= TOLERANCE
 
 
 def layers_in_order(params, model):

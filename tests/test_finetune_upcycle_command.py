@@ -178,9 +178,9 @@ def test_a_sparse_run_becomes_dense_again_and_loses_experts(dense, tmp_path, cap
 def test_it_is_said_why_no_expert_is_dropped(monkeypatch, keep, fix):
     values = SimpleNamespace(drop=[], keep=keep)
     monkeypatch.setattr(prune_experts, "flags", SimpleNamespace(FLAGS=values))
-    said = SimpleNamespace(load={"moe": np.ones((2, 4))}, num_tokens=32)
+    outputs = SimpleNamespace(load={"moe": np.ones((2, 4))}, num_tokens=32)
     with pytest.raises(ValueError, match=rf"an expert must be dropped: .*\. {fix}"):
-        prune_experts.experts_to_keep(SimpleNamespace(config=tiny_config(), said=said))
+        prune_experts.experts_to_keep(SimpleNamespace(config=tiny_config(), outputs=outputs))
 
 
 def test_what_preserves_a_model_is_named_for_gates_that_do_not_sum_to_one():

@@ -17,7 +17,7 @@ from moe_jax.finetune.moments import remodelled_optimizer
 from moe_jax.finetune.preservation import (
     TOLERANCE,
     Batch,
-    Said,
+    Outputs,
     check_preserved,
     difference,
     heldout_text,
@@ -49,7 +49,7 @@ class Source:
       state: its arrays; they are deleted as soon as the new model no longer needs them.
       mesh: of the arrays.
       batches: text on which the models are compared.
-      said: the model's outputs on this text.
+      outputs: of the model on this text.
     """
 
     workdir: pathlib.Path
@@ -57,7 +57,7 @@ class Source:
     state: TrainState
     mesh: Mesh
     batches: Sequence[Batch]
-    said: Said
+    outputs: Outputs
 
 
 def open_source(
@@ -96,8 +96,8 @@ def open_source(
     config, state = load_run(workdir, mesh, step, trust=trust, moments=moments)
     placed_on = make_mesh(config.mesh)
     batches = heldout_text(workdir, config, placed_on, num_batches)
-    said = Said(config, state.params, state.model_state, batches, placed_on, state.step)
-    return Source(workdir, config, state, placed_on, batches, said)
+    outputs = Outputs(config, state.params, state.model_state, batches, placed_on, state.step)
+    return Source(workdir, config, state, placed_on, batches, outputs)
 
 
 def make(
@@ -156,7 +156,7 @@ def describe_names(remodel: Remodel) -> str:
 def compare(source: Source, remodel: Remodel, state: TrainState) -> float:
     """The distance of the new model's logits from the old model's; see `difference`."""
     args = (state.params, state.model_state, source.batches, source.mesh, source.state.step)
-    return difference(source.said, Said(remodel.new, *args))
+    return difference(source.outputs, Outputs(remodel.new, *args))
 
 
 def judge(source: Source, apart: float, *, allow_change: bool, fix: str) -> str:
@@ -168,8 +168,8 @@ def judge(source: Source, apart: float, *, allow_change: bool, fix: str) -> str:
     check_preserved(apart, allow_change, fix)
     verb = "preserved" if apart <= TOLERANCE else "changed"
     return (
-        f"{verb}: logits of {source.said.num_tokens} held-out tokens differ by {apart:.3g} of the "
-        f"largest one, where {TOLERANCE:g} counts as equal"
+        f"{verb}: logits of {source.outputs.num_tokens} held-out tokens differ by {apart:.3g} of "
+        f"the largest one, where {TOLERANCE:g} counts as equal"
     )
 
 
