@@ -24,7 +24,7 @@ from moe_jax import interrupts
 from moe_jax.command_help import help_text, leave_stdout, print_help
 from moe_jax.config import MeshConfig, parse_mesh
 from moe_jax.config.environment import check_environment, order_collectives
-from moe_jax.config.file import load_config, override, settings_of, split_overrides
+from moe_jax.config.file import config_with, settings_of, split_overrides
 from moe_jax.config.installed import install_command, require_local
 from moe_jax.user_errors import FIX_PERMISSIONS, USER_ERRORS, describe, whole_flags
 
@@ -229,9 +229,7 @@ def parse(command: Command, arguments: Sequence[str], own: Sequence[str]) -> lis
         raise ValueError(f"{names} must be given: {what}. See --help.")
     check_values(own)
     if "config" in own and values.config is not None:
-        config = load_config(values.config)
-        for name, text in overrides:
-            override(config, name, text)
+        config = config_with(values.config, overrides)
         for name, value in settings_of(config).items():
             if name.startswith("config.data.") and isinstance(value, str):
                 require_local(f"--{name}", value)

@@ -352,7 +352,7 @@ def export_adapters(workdir: pathlib.Path, target: pathlib.Path) -> None:
     require_absent(target)
     values = flags.FLAGS
     config, state = load_run(workdir, step=values.step, trust=values.trust)
-    origin = origin_of_run(pathlib.Path(config.init_from.path or workdir).expanduser())
+    origin = origin_of_run(model_under(config, workdir))
     family, base = trusted(values.family, origin.get("family", "")), values.base
     if not base and "dtypes" in origin:  # imported from a Hugging Face directory
         base = origin.get("source", "")
@@ -360,6 +360,20 @@ def export_adapters(workdir: pathlib.Path, target: pathlib.Path) -> None:
     print(f"the adapters of step {int(state.step)} of {workdir} are in {target}")
     if not base:
         print("the model under them is not named: load it and pass it to PEFT, or give --base")
+
+
+def model_under(config: "ExperimentConfig", workdir: pathlib.Path) -> pathlib.Path:
+    """The directory of the model that the adapters of a run were trained on."""
+    from moe_jax.training.files import read_json
+    from moe_jax.training.imported import IMPORTED_FILE
+    from moe_jax.training.workdir import recorded_run
+
+    path, imported = config.init_from.path, workdir / IMPORTED_FILE
+    origin = read_json(imported) if imported.exists() else {}
+    if not path and "made_by" in origin:  # quantised after its training
+        trained = recorded_run(pathlib.Path(origin["source"]))[0]
+        path = trained.get("init_from", {}).get("path", "")
+    return pathlib.Path(path).expanduser() if path else workdir
 
 
 def plain(config: "ExperimentConfig", params: Any) -> tuple["ExperimentConfig", Any]:

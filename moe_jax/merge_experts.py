@@ -28,13 +28,15 @@ def main() -> None:
     source = made.open_source(
         workdir, output, command_line.mesh_of_flag(), values.step,
         trust=values.trust, moments=values.optimizer_state, num_batches=values.batches,
+        check=merge_experts,
     )  # fmt: skip
-    load = source.said.load if values.weights == "load" else None
+    load = source.outputs.load if values.weights == "load" else None
     remodel = merge_experts(source.config, load)
     state = made.make(
         source, remodel, jax.random.key(0),
         optimizer_state=values.optimizer_state, position=values.position,
     )  # fmt: skip
+    print(made.describe_names(remodel), end="")
     for old, new in remodel.origins:
         layers = ", ".join(map(str, source.config.model.layers_of[old]))
         print(f"{new}: layers {layers} are means of the experts of {old}")
@@ -51,8 +53,8 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "New directory, for the dense model.")
     flags.DEFINE_enum(
         "weights", "load", ["load", "uniform"],
-        "Of the experts of a layer in the mean: their shares of the choices of held-out text, or "
-        "all alike.",
+        "How to weight the experts of a layer: load (their share of the choices on held-out text), "
+        "or uniform.",
     )  # fmt: skip
     define_shared_flags()
 

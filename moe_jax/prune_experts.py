@@ -16,6 +16,7 @@ from moe_jax.config.check import require
 from moe_jax.merge_experts import define_shared_flags
 
 if TYPE_CHECKING:
+    from moe_jax.config import ExperimentConfig
     from moe_jax.finetune.downcycle import Load
     from moe_jax.finetune.made import Source
 
@@ -46,6 +47,7 @@ def main() -> None:
     source = made.open_source(
         workdir, output, command_line.mesh_of_flag(), values.step,
         trust=values.trust, moments=values.optimizer_state, num_batches=values.batches,
+        check=check_dropped,
     )  # fmt: skip
     kept = experts_to_keep(source)
     remodel = prune_experts(source.config, kept)
@@ -66,6 +68,19 @@ def main() -> None:
     print(f"{output} is the smaller model of {workdir}")
 
 
+def check_dropped(config: "ExperimentConfig") -> None:
+    """Checks --drop against a model, or without it, that the model has experts.
+
+    Raises:
+      ValueError: an expert number does not exist, or too few experts are left.
+    """
+    from moe_jax.finetune.downcycle import prune_experts, routed_parts, without_experts
+
+    routed_parts(config.model)
+    if flags.FLAGS.drop:
+        prune_experts(config, without_experts(config.model, list(map(int, flags.FLAGS.drop))))
+
+
 def experts_to_keep(source: "Source") -> "Load":
     """The experts that each layer keeps, by part.
 
@@ -79,7 +94,9 @@ def experts_to_keep(source: "Source") -> "Load":
     if values.drop:
         kept = without_experts(model, list(map(int, values.drop)))
     else:
-        load = {part: source.said.load[part][:, : moe.num_experts] for part, moe in parts.items()}
+        load = {
+            part: source.outputs.load[part][:, : moe.num_experts] for part, moe in parts.items()
+        }
         at_least = {
             part: max(moe.num_selected_experts, moe.eval_num_selected_experts)
             for part, moe in parts.items()
@@ -91,7 +108,7 @@ def experts_to_keep(source: "Source") -> "Load":
         "an expert must be dropped",
         f"--keep={values.keep} keeps all of them"
         if values.keep
-        else f"in some layer all of them are used by {source.said.num_tokens} tokens",
+        else f"in some layer all of them are used by {source.outputs.num_tokens} tokens",
         "Lower --keep" if values.keep else "Pass --drop or --keep, and perhaps --allow_change",
     )
     return {part: kept[part] for part in fewer}
@@ -102,7 +119,7 @@ def description(source: "Source", kept: "Load") -> str:
     model = source.config.model
     lines = []
     for part, kept_XE in kept.items():
-        load_XE = source.said.load[part]
+        load_XE = source.outputs.load[part]
         num_experts, count = model.moe_parts[part].num_experts, kept_XE.shape[1]
         for layer, own_E, load_E in zip(model.layers_of[part], kept_XE, load_XE, strict=True):
             dropped = [one for one in range(num_experts) if one not in own_E]
@@ -123,7 +140,10 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Directory of the run of the sparse model.")
     flags.DEFINE_string("output", None, "New directory, for the smaller model.")
     flags.DEFINE_list("drop", [], "Numbers of experts to drop from every layer.")
-    flags.DEFINE_integer("keep", None, "So many of each layer, the most loaded.", lower_bound=1)
+    flags.DEFINE_integer(
+        "keep", None, "Number of experts that each layer keeps, the most loaded ones.",
+        lower_bound=1,
+    )  # fmt: skip
     define_shared_flags()
 
 

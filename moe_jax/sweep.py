@@ -26,7 +26,7 @@ from moe_jax import command_line, compare
 from moe_jax.config import DataConfig, ExperimentConfig, from_config_dict, read_config, to_dict
 from moe_jax.config.check import require
 from moe_jax.config.convert import foreign_kinds
-from moe_jax.config.file import configs_in, load_config, override, settings_of
+from moe_jax.config.file import config_with, configs_in, settings_of
 from moe_jax.jobs.grid import (
     NO_PRESET,
     PRESETS,
@@ -134,10 +134,7 @@ def plan(arguments: Sequence[str], sets: Sequence[str], out: pathlib.Path) -> li
 def load(arguments: Sequence[str]) -> ConfigDict:
     """The config that the flags of a training run give."""
     (spec,), overrides = command_line.split_overrides(arguments)
-    config = load_config(spec.removeprefix("--config="))
-    for name, text in overrides:
-        override(config, name, text)
-    return config
+    return config_with(spec.removeprefix("--config="), overrides)
 
 
 def with_values(arguments: Sequence[str], point: Mapping[str, str]) -> list[str]:

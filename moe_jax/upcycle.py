@@ -41,13 +41,14 @@ def main() -> None:
     source = made.open_source(
         workdir, output, command_line.mesh_of_flag(), values.step,
         trust=values.trust, moments=values.optimizer_state,
+        check=lambda config: upcycle(config, upcycling),
     )  # fmt: skip
     remodel = upcycle(source.config, upcycling)
     state = made.make(
         source, remodel, jax.random.key(values.seed),
         optimizer_state=values.optimizer_state, position=values.position,
     )  # fmt: skip
-    print(description(remodel))
+    print(made.describe_names(remodel) + description(remodel))
     apart = made.compare(source, remodel, state)
     print(made.judge(source, apart, allow_change=values.allow_change, fix=FIX))
     origin = {"made_by": "upcycle", "upcycling": to_dict(upcycling), "seed": values.seed,
@@ -157,7 +158,7 @@ def define_flags() -> None:
         "noise, drop:ratio=0.5, granular:shards=2, shared:dim=0, package.module:Class; may be "
         "given again, in order.",
     )  # fmt: skip
-    flags.DEFINE_integer("every", 1, "Of so many layers the last becomes sparse.", lower_bound=1)
+    flags.DEFINE_integer("every", 1, "Make every Nth layer of a stack sparse.", lower_bound=1)
     flags.DEFINE_list(
         "layers", [], "In place of --every: numbers of layers, from 0; an encoder's come first."
     )
@@ -170,10 +171,13 @@ def define_flags() -> None:
         "rescale", True, "Divide what experts give by the sum of gates of a router without choice."
     )
     flags.DEFINE_float(
-        "router_stddev", None, "Of the router's weights, by default router.init_stddev; 0: all 0.",
+        "router_stddev", None,
+        "Standard deviation of the router's weights; by default router.init_stddev.",
         lower_bound=0.0,
     )  # fmt: skip
-    flags.DEFINE_integer("seed", 0, "Of what is drawn.", lower_bound=0)
+    flags.DEFINE_integer(
+        "seed", 0, "Random seed of the router and of redrawn weights.", lower_bound=0
+    )
     define_remodel_flags()
 
 
@@ -185,7 +189,7 @@ def define_remodel_flags() -> None:
     flags.DEFINE_boolean(
         "position", False, "Carry the step: the position in the data and in the schedule."
     )
-    flags.DEFINE_boolean("allow_change", False, "Accept that the model says something else.")
+    flags.DEFINE_boolean("allow_change", False, "Write the model even if its logits change.")
     command_line.define_mesh_flag()
     command_line.define_step_flag()
     command_line.define_trust_flag()

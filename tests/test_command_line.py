@@ -1,5 +1,6 @@
 """How commands answer their flags, in this process, before any computation."""
 
+import dataclasses
 import errno
 import importlib
 import logging
@@ -18,6 +19,7 @@ from moe_jax import __version__, command_line, interrupts
 from moe_jax.config import (
     DataConfig,
     ExperimentConfig,
+    InitFrom,
     MeshConfig,
     OptimizerConfig,
     TrainingConfig,
@@ -28,6 +30,7 @@ from moe_jax.config import (
 )
 from moe_jax.config.describe import comments_of, describe_settings
 from moe_jax.config.file import (
+    config_with,
     load_config,
     override,
     parse_value,
@@ -234,6 +237,23 @@ def test_the_recorded_config_of_a_run_is_a_config_that_flags_change(tmp_path):
     assert from_config_dict(found) == from_config_dict(given)
     with pytest.raises(ValueError, match="takes no presets: 'tiny'"):
         load_config(f"{path}:tiny")
+
+
+def test_another_source_takes_nothing_of_what_a_recorded_config_said_of_the_old_one(tmp_path):
+    """Else `fresh` would draw anew what that run has trained."""
+    recorded = InitFrom("old", 2, optimizer_state=True, data_position=True, fresh=("adapters",))
+    path = tmp_path / "config.json"
+    path.write_text(json_text(write_config(ExperimentConfig(init_from=recorded))))
+
+    def init_from(*flags):
+        overrides = [(f"config.init_from.{name}", text) for name, text in flags]
+        return from_config_dict(config_with(str(path), overrides)).init_from
+
+    assert init_from() == recorded
+    assert init_from(("step", "3")) == dataclasses.replace(recorded, step=3)
+    assert init_from(("path", "new")) == InitFrom("new")
+    given = init_from(("fresh", "router"), ("path", "new"), ("step", "4"))
+    assert given == InitFrom("new", 4, fresh=("router",))
 
 
 @pytest.mark.parametrize(

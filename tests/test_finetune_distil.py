@@ -33,8 +33,10 @@ from moe_jax.training.memory import needed_bytes
 from moe_jax.training.metrics import METRICS_FILE, read_metrics
 from moe_jax.training.placement import BATCH_AXES, compile_train_step, state_shardings
 from moe_jax.training.signals import Interrupted
+from moe_jax.training.state import evaluation_params
 from moe_jax.training.step import make_train_step
 from tests.foreign import Unsure
+from tests.test_training_init_from import config_of, save_run, state_of
 from tests.test_training_loop import at_batch
 from tests.tiny_run import (
     DENSE,
@@ -175,6 +177,26 @@ def test_an_annealed_teacher_has_the_temperature_of_its_step(tmp_path):
 
     assert abs(soft_loss(config.model, jnp.int32(5))) < 1e-6
     assert soft_loss(end.model, None) > 1e-4
+
+
+@pytest.mark.parametrize("optimizer", [{"ema_decay": 0.5}, {"name": "schedule_free"}])
+def test_a_teacher_has_the_averages_that_its_run_is_evaluated_with(optimizer, tmp_path):
+    config = config_of(optimizer={"schedule": "constant", **optimizer})
+    folder = save_run(tmp_path / "averaged", config, 2)
+    run = student(folder)
+    params, *_ = run.training.loss.arrays(run, one_device(run))
+    expected = evaluation_params(state_of(config, 2))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+    jax.tree.map(close, params, expected)
+
+
+def test_a_teacher_may_have_adapters(tmp_path):
+    trained = {"adapters": {"names": ("attention",), "rank": 2}}
+    config = tiny_config({"model": trained, "optimizer": {"trainable": ("adapters",)}})
+    params = saved(tmp_path / "adapted", config)
+    run = student(tmp_path / "adapted")
+    found, *_ = run.training.loss.arrays(run, one_device(run))
+    jax.tree.map(np.testing.assert_array_equal, found, params)
 
 
 @pytest.mark.slow

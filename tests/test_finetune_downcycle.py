@@ -14,8 +14,9 @@ from moe_jax.finetune.downcycle import (
     weights_of,
     without_experts,
 )
+from moe_jax.finetune.made import describe_names
 from moe_jax.finetune.moments import remodelled_optimizer
-from moe_jax.finetune.preservation import TOLERANCE, Said, difference
+from moe_jax.finetune.preservation import TOLERANCE, Outputs, difference
 from moe_jax.finetune.remodel import remodelled, remodelled_state
 from moe_jax.finetune.upcycle import Upcycling, upcycle
 from moe_jax.finetune.ways import Shared
@@ -46,7 +47,7 @@ def sparse():
 
 
 def said_of(config, params, state, batches, mesh):
-    return Said(config, params, state.model_state, batches, mesh)
+    return Outputs(config, params, state.model_state, batches, mesh)
 
 
 def experts_of(params, name="wi"):
@@ -67,7 +68,7 @@ def test_dropping_experts_that_no_token_chooses_changes_nothing(sparse):
     np.testing.assert_array_equal(router, old_router[..., [0, 2]])
     model_state = remodelled_state(remodel, state.model_state, KEY)
     assert model_state["moe"]["bias_E"].tolist() == [[0, 0], [1, 1]]
-    new = Said(remodel.new, params, model_state, batches, mesh)
+    new = Outputs(remodel.new, params, model_state, batches, mesh)
     assert difference(said, new) <= TOLERANCE
 
 
@@ -150,7 +151,7 @@ def test_moments_go_where_their_parameters_go(sparse):
     opt_state = numbered_optimizer(config)
     old = opt_state[1].mu["stack"]["unit"]["0"]["moe"]
     pruned = prune_experts(config, {"moe": np.array([[1, 2], [0, 3]])})
-    made = remodelled_optimizer(pruned, opt_state, KEY, mesh, counts=True)
+    made = remodelled_optimizer(pruned, opt_state, {}, KEY, mesh, counts=True)
     for moments in (made[1].mu, made[1].nu):
         moe = moments["stack"]["unit"]["0"]["moe"]
         for layer, kept in enumerate(([1, 2], [0, 3])):
@@ -162,7 +163,7 @@ def test_moments_go_where_their_parameters_go(sparse):
         np.testing.assert_array_equal(moe["shared"]["wi"], old["shared"]["wi"])
 
     load = {"moe": np.array([[3, 1, 0, 0], [1, 1, 1, 1]])}
-    made = remodelled_optimizer(merge_experts(config, load), opt_state, KEY, mesh, counts=True)
+    made = remodelled_optimizer(merge_experts(config, load), opt_state, {}, KEY, mesh, counts=True)
     mlp = made[1].nu["stack"]["unit"]["0"]["mlp"]
     np.testing.assert_array_equal(mlp["wi"][..., :8], old["shared"]["wi"])
     expected = 0.75 * old["experts"]["wi"][0, 0] + 0.25 * old["experts"]["wi"][0, 1]
@@ -192,7 +193,7 @@ def test_rows_and_columns_of_adafactor_go_where_their_parameters_go():
     pruned = prune_experts(config, {"moe": np.array([[1, 2], [0, 3]])})
     merged = merge_experts(config)
     of_pruned, of_merged = (
-        remodelled_optimizer(remodel, opt_state, KEY, mesh, counts=True)
+        remodelled_optimizer(remodel, opt_state, {}, KEY, mesh, counts=True)
         for remodel in (pruned, merged)
     )
     is_of_a_new_run(pruned, of_pruned)
@@ -209,10 +210,39 @@ def test_moments_of_muon_are_merged_beside_a_shared_expert(sparse):
     optimizer = dataclasses.replace(sparse[0].optimizer, name="muon")
     config = dataclasses.replace(sparse[0], optimizer=optimizer)
     remodel = merge_experts(config)
-    made = remodelled_optimizer(remodel, numbered_optimizer(config), KEY, sparse[2], counts=True)
+    made = remodelled_optimizer(
+        remodel, numbered_optimizer(config), {}, KEY, sparse[2], counts=True
+    )
     wanted = jax.eval_shape(lambda: init_state(remodel.new)).opt_state
     for given, expected in zip(*map(jax.tree.leaves, (made, wanted)), strict=True):
         assert (given.shape, given.dtype) == (expected.shape, expected.dtype)
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ({"frozen": ("router", "embedding")}, {"frozen": ("embedding",)}),
+        ({"trainable": ("router", "norms")}, {"trainable": ("norms",)}),
+        ({"trainable": ("moe",), "frozen": ("router",)}, {}),
+        ({"trainable": ("experts", "norms"), "frozen": ("norms",)}, {}),
+        (
+            {"learning_rates": (("experts", 0.5), ("attention", 0.1))},
+            {"learning_rates": (("attention", 0.1),)},
+        ),
+    ],
+)
+def test_names_that_the_new_model_lacks_choose_nothing_in_it(sparse, given, left):
+    """By hand: a dense model has attention, norms, an embedding, and a dense network."""
+    plain = sparse[0].optimizer
+    config = dataclasses.replace(sparse[0], optimizer=dataclasses.replace(plain, **given))
+    remodel = merge_experts(config)
+    assert remodel.new.optimizer == dataclasses.replace(plain, **left)
+    said = describe_names(remodel).partition("; now")[0]
+    names = dataclasses.replace(plain, **given).chosen
+    assert all((name in said) == (name not in remodel.new.optimizer.chosen) for name in names)
+    same = prune_experts(config, {"moe": np.array([[1, 2], [0, 3]])})
+    assert same.new.optimizer == config.optimizer and not describe_names(same)
+    assert upcycle(remodel.new, Upcycling(every=2)).new.optimizer == remodel.new.optimizer
 
 
 def test_what_cannot_be_made_is_refused(sparse):

@@ -10,7 +10,7 @@ import pytest
 from moe_jax.config.mesh import MeshConfig
 from moe_jax.config.settings import setting
 from moe_jax.finetune.moments import remodelled_optimizer
-from moe_jax.finetune.preservation import TOLERANCE, Said, difference
+from moe_jax.finetune.preservation import TOLERANCE, Outputs, difference
 from moe_jax.finetune.remodel import remodelled
 from moe_jax.finetune.upcycle import Upcycled, Upcycling, gates_without_preference, upcycle
 from moe_jax.finetune.ways import Copies, Drop, Granular, Noise, Shared, Way
@@ -213,7 +213,7 @@ def dense():
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, stack=layout))
     state, mesh = tiny_state(config), make_mesh(config.mesh)
     batches = [tiny_batch()]
-    return config, state, mesh, batches, Said(config, state.params, {}, batches, mesh)
+    return config, state, mesh, batches, Outputs(config, state.params, {}, batches, mesh)
 
 
 def test_layers_become_sparse_and_the_model_stays_the_same(dense):
@@ -227,7 +227,7 @@ def test_layers_become_sparse_and_the_model_stays_the_same(dense):
     wq = [own["attention"]["wq"] for own in layers_in_order(params, new)]
     old_XMM = state.params["stack"]["unit"]["0"]["attention"]["wq"]
     np.testing.assert_array_equal(np.stack(wq), old_XMM)
-    assert difference(said, Said(remodel.new, params, {}, batches, mesh)) <= TOLERANCE
+    assert difference(said, Outputs(remodel.new, params, {}, batches, mesh)) <= TOLERANCE
 
 
 def layers_in_order(params, model):
@@ -304,7 +304,7 @@ def test_moments_are_carried_to_every_copy(dense):
     adam.mu["stack"]["unit"]["0"]["mlp"]["wi"] = numbered
     remodel = upcycle(config, Upcycling(RENORMALISED, ways=(Granular(2),)))
     for counts, expected in ((True, 1), (False, 0)):
-        made = remodelled_optimizer(remodel, opt_state, KEY, mesh, counts=counts)
+        made = remodelled_optimizer(remodel, opt_state, {}, KEY, mesh, counts=counts)
         assert int(made[1].count) == 1 and int(made[3].count) == expected
     moe = made[1].mu["stack"]["unit"]["0"]["moe"]
     for expert in range(4):
@@ -312,6 +312,26 @@ def test_moments_are_carried_to_every_copy(dense):
         np.testing.assert_array_equal(moe["experts"]["wi"][:, expert], numbered[..., half])
     assert not moe["router"]["weight"].any()
     assert (moe["experts"]["wo"] == 1).all()  # not scaled as weights are
+
+
+@pytest.mark.parametrize("optimizer", [{"ema_decay": 0.5}, {"name": "schedule_free"}])
+def test_an_average_of_what_was_frozen_starts_at_the_new_parameters(dense, optimizer):
+    """The dense network was frozen, so nothing was kept of it; the experts train."""
+    config, state, mesh, *_ = dense
+    frozen = dataclasses.replace(
+        config.optimizer, schedule="constant", frozen=("mlp",), **optimizer
+    )
+    config = dataclasses.replace(config, optimizer=frozen)
+    abstract = jax.eval_shape(lambda: init_state(config)).opt_state
+    opt_state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract)
+    remodel = upcycle(config, Upcycling(RENORMALISED, layers=(0,)))
+    assert remodel.new.optimizer.frozen == ("mlp",)
+    last = remodelled_optimizer(remodel, opt_state, state.params, KEY, mesh, counts=True)[-1]
+    average = last.average if "ema_decay" in optimizer else last.z
+    params = remodelled(remodel, state.params, KEY, mesh)
+    layers = [one["first"]["0"]["moe"] for one in (average["stack"], params["stack"])]
+    jax.tree.map(np.testing.assert_array_equal, *layers)
+    assert not average["embedding"].any(), "carried"
 
 
 @pytest.mark.slow
@@ -322,7 +342,7 @@ def test_what_other_optimizers_keep_is_carried(dense, name):
     config = dataclasses.replace(dense[0], optimizer=optimizer)
     state = jax.jit(lambda: init_state(config))()
     remodel = upcycle(config, Upcycling(RENORMALISED, layers=(0, 2)))
-    made = remodelled_optimizer(remodel, state.opt_state, KEY, dense[2], counts=True)
+    made = remodelled_optimizer(remodel, state.opt_state, {}, KEY, dense[2], counts=True)
     wanted = jax.eval_shape(lambda: init_state(remodel.new)).opt_state
     assert jax.tree.structure(made) == jax.tree.structure(wanted)
     for given, expected in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
@@ -337,7 +357,7 @@ def test_the_schedule_of_schedule_free_begins_again(dense):
     opt_state = (*opt_state[:-1], opt_state[-1]._replace(step_count=jnp.asarray(8, jnp.int32)))
     remodel = upcycle(config, Upcycling(RENORMALISED))
     for counts, expected in ((True, 8), (False, 1)):
-        made = remodelled_optimizer(remodel, opt_state, KEY, dense[2], counts=counts)
+        made = remodelled_optimizer(remodel, opt_state, {}, KEY, dense[2], counts=counts)
         assert int(made[-1].step_count) == expected
 
 
@@ -351,7 +371,7 @@ def test_factors_of_shards_are_refused(dense):
     state = jax.jit(lambda: init_state(config))()
     remodel = upcycle(config, Upcycling(RENORMALISED, ways=(Granular(2),)))
     with pytest.raises(ValueError, match="Leave out the optimizer state"):
-        remodelled_optimizer(remodel, state.opt_state, KEY, dense[2], counts=True)
+        remodelled_optimizer(remodel, state.opt_state, {}, KEY, dense[2], counts=True)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The commands upcycle, merge_experts and prune_experts: runs in, runs out, refusals."""
 
 import dataclasses
+import json
 import re
 from types import SimpleNamespace
 
@@ -9,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import moe_jax
 from moe_jax import prune_experts, upcycle
 from moe_jax.__main__ import main
+from moe_jax.config import InitFrom, write_config
 from moe_jax.finetune import made
 from moe_jax.interchange.read import from_hf
 from moe_jax.training.files import read_json
@@ -95,10 +98,32 @@ def test_an_error_of_the_user_is_found_before_anything_is_read(
         ("--block=router.renormalise=true", "--block=router.renormalise"),
         ("--top_k=9", "num_selected_experts must lie in 1..num_experts"),
         ("--layers=1,x", "--layers must be a list of numbers: 1,x"),
+        ("--layers=7", "the layers of the model are 0 to 1"),
         (f"--output={dense}", "is there already"),
     ]:
         assert message in refused(capsys, *arguments, wrong), wrong
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"adapters": {"rank": 2}}, r"it has adapters of attention\. Run merge_adapters first"),
+        ({"quantisation": {"bits": 4, "group_size": 8}}, r"of 4 bits\. Use the run that was"),
+    ],
+)
+def test_weights_of_several_arrays_are_refused_before_they_are_read(
+    setting, message, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(made, "load_run", lambda *_, **__: pytest.fail("the run was read"))
+    trainable = ("adapters",) if "adapters" in setting else ("all",)
+    config = tiny_config({"model": setting, "optimizer": {"trainable": trainable}})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(write_config(config)))
+    with pytest.raises(ValueError, match=message):
+        made.open_source(tmp_path / "run", tmp_path / "new")
+    with pytest.raises(ValueError, match=message):
+        moe_jax.to_hf(config, {}, tmp_path / "hf")
 
 
 def test_a_kill_leaves_nothing_that_looks_finished(dense, tmp_path, monkeypatch):
@@ -117,6 +142,15 @@ def test_a_kill_leaves_nothing_that_looks_finished(dense, tmp_path, monkeypatch)
     assert main(["upcycle", f"--workdir={dense}", f"--output={output}", "--experts=2"]) == 0
     assert load_run(output)[0].model.part["moe"].num_experts == 2
     assert not begun.exists()
+
+
+def test_a_made_model_does_not_start_as_the_run_did_that_it_was_made_from(dense, tmp_path):
+    config, state = load_run(dense)
+    given = InitFrom("elsewhere", 3, optimizer_state=True, fresh=("embedding",))
+    origin = {"made_by": "quantise", "step": 7}
+    config = dataclasses.replace(config, init_from=given)
+    made.save_made(dense, config, state, tmp_path / "new", origin)
+    assert load_run(tmp_path / "new")[0].init_from == InitFrom()
 
 
 @pytest.mark.slow
@@ -144,9 +178,9 @@ def test_a_sparse_run_becomes_dense_again_and_loses_experts(dense, tmp_path, cap
 def test_it_is_said_why_no_expert_is_dropped(monkeypatch, keep, fix):
     values = SimpleNamespace(drop=[], keep=keep)
     monkeypatch.setattr(prune_experts, "flags", SimpleNamespace(FLAGS=values))
-    said = SimpleNamespace(load={"moe": np.ones((2, 4))}, num_tokens=32)
+    outputs = SimpleNamespace(load={"moe": np.ones((2, 4))}, num_tokens=32)
     with pytest.raises(ValueError, match=rf"an expert must be dropped: .*\. {fix}"):
-        prune_experts.experts_to_keep(SimpleNamespace(config=tiny_config(), said=said))
+        prune_experts.experts_to_keep(SimpleNamespace(config=tiny_config(), outputs=outputs))
 
 
 def test_what_preserves_a_model_is_named_for_gates_that_do_not_sum_to_one():

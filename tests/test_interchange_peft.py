@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import moe_jax
+from moe_jax import convert
 from moe_jax.__main__ import main
 from moe_jax.config import InitFrom
 from moe_jax.interchange.leaves import STATE
@@ -200,3 +201,7 @@ def test_the_command_writes_the_adapters_of_a_run(tmp_path, capsys):
         how = ["--family=mixtral", f"--workdir={tmp_path / f'on_{made_by}'}", f"--to-peft={out}"]
         assert main(["convert", *how]) == 0
         assert json.loads((out / CONFIG).read_text())["base_model_name_or_path"] == base
+    # A copy quantised after the training has the adapters of that run, and no `init_from`.
+    origin = {"made_by": "quantise", "source": str(run)}
+    save_imported(tmp_path / "copy", config, params, {}, {}, origin)
+    assert convert.model_under(config, tmp_path / "copy") == tmp_path / "base"

@@ -1,5 +1,6 @@
 """Settings of a config.json other than sizes: lengths, rotary bases, and later training."""
 
+import copy
 import dataclasses
 import json
 
@@ -24,6 +25,11 @@ OF_OTHERS = {"grok-1", "kimi_k2"}
 # No rotary positions, another name for the length, or not in transformers.
 WITHOUT_LENGTH = {"jamba", "dbrx", "t5", "switch_transformers"} | OF_OTHERS
 LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+def written_of(case):
+    """The config.json of a tiny model, before other settings are added."""
+    return case.family.written(case.family.model(Reader(case.settings)))
 
 
 @pytest.mark.parametrize(
@@ -198,12 +204,36 @@ def test_the_length_of_a_context_comes_out_as_it_came_in(name, length, setting, 
 def test_dynamic_scaling_sets_the_length_itself():
     model = {"max_position_embeddings": 12, "rope_parameters": {"rope_type": "dynamic"}}
     assert config_json(model, {"max_position_embeddings": 99, "pad_token_id": 0}) == {
-        **model, "pad_token_id": 0,
+        **model, "rope_scaling": {"rope_type": "dynamic"}, "pad_token_id": 0,
     }  # fmt: skip
+
+
+ROTARY = [name for name, case in CASES.items() if "rope_parameters" in written_of(case)]
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_positions_are_written_for_transformers_4_too(name):
+    """It reads "rope_theta" and "rope_scaling" alone, and defaults without a warning."""
+    family, of_model = CASES[name].family, written_of(CASES[name])
+    written = config_json(of_model, {})
+    assert set(written) - set(of_model) >= {"rope_theta"}
+    older = {name: value for name, value in written.items() if name != "rope_parameters"}
+    models = [family.read(one) for one in (of_model, written, older)]
+    assert models[0] == models[1] == models[2]
+    if (kind := written["model_type"]) in OF_OTHERS:
+        return
+    transformers = pytest.importorskip("transformers")
+    read = [
+        transformers.CONFIG_MAPPING[kind](**copy.deepcopy(one))
+        for one in (of_model, written, older)
+    ]
+    positions = [dict(one.rope_parameters) for one in read]
+    assert positions[0] == positions[1] == positions[2]
 
 
 def test_files_that_are_not_written_are_not_named():
     given = {"auto_map": {"AutoConfig": "a.Config"}, "torch_dtype": "float16", "dtype": "float16"}
+    given["transformers_version"] = "4.40.0"
     assert config_json({"vocab_size": 3}, given) == {"vocab_size": 3}
 
 

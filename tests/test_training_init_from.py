@@ -291,7 +291,10 @@ def test_an_imported_model_has_no_moments(tmp_path):
     )
 
 
-@pytest.mark.parametrize("optimizer", [{"ema_decay": 0.5}, {"name": "schedule_free"}])
+AVERAGED = pytest.mark.parametrize("optimizer", [{"ema_decay": 0.5}, {"name": "schedule_free"}])
+
+
+@AVERAGED
 def test_without_moments_averages_are_taken_with_them_the_last_parameters(optimizer, tmp_path):
     optimizer = {**ONE_LAYER["optimizer"], **optimizer, "frozen": ("router",)}
     config = config_of(optimizer=optimizer)
@@ -302,6 +305,23 @@ def test_without_moments_averages_are_taken_with_them_the_last_parameters(optimi
         np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
     again = begin(started(tmp_path / "run", {"optimizer_state": True}, optimizer=optimizer))
     assert_taken(again, named(state), but=["key_data", "step", "count"])
+
+
+@AVERAGED
+def test_the_base_of_a_weight_is_the_average_too(optimizer, tmp_path):
+    optimizer = {**ONE_LAYER["optimizer"], **optimizer, "frozen": ("router",)}
+    config = config_of(optimizer=optimizer)
+    save_run(tmp_path / "run", config, 2)
+    averaged = named({"params": evaluation_params(state_of(config, 2))})
+    settings = {"adapters": {"names": ("attention", "router"), "rank": 2}, **ONE_LAYER["model"]}
+    only = {**ONE_LAYER["optimizer"], "trainable": ("adapters",)}
+    adapted = started(tmp_path / "run", {"fresh": ("adapters",)}, model=settings, optimizer=only)
+    found = begin(adapted)
+    bases = [name for name in found if name.endswith("/base")]
+    assert len(bases) == 5, "four matrices of attention that train, a router that does not"
+    for name, value in averaged.items():
+        of = f"{name}/base" if f"{name}/base" in bases else name
+        np.testing.assert_allclose(found[of], value, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
 def test_a_weight_of_several_arrays_wraps_the_array_that_is_there(source):

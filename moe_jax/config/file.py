@@ -23,7 +23,7 @@ import ml_collections
 from moe_jax.config.check import require
 from moe_jax.config.convert import InFamily, build, config_dict, hints, read_config, to_dict
 from moe_jax.config.installed import home, is_lfs_pointer, require_local
-from moe_jax.config.run import ExperimentConfig
+from moe_jax.config.run import ExperimentConfig, InitFrom
 from moe_jax.config.settings import Settings
 
 CONFIG = "config"  # the flag
@@ -235,6 +235,31 @@ def split_overrides(
         else:
             overrides.append((found[2], True))
     return plain, overrides
+
+
+def config_with(
+    name: str, overrides: Sequence[tuple[str, str | bool]]
+) -> ml_collections.ConfigDict:
+    """The config of this name, with the settings of flags; see `load_config` and `override`.
+
+    A recorded config says how its own run began. With a flag for `init_from.path`, its other
+    settings of `init_from` are defaults unless flags set them: they are about the old source.
+
+    Args:
+      name: such as "FILE:PRESET" or "RUN/config.json".
+      overrides: as `split_overrides` returns them.
+
+    Raises:
+      ValueError: see `load_config` and `override`.
+    """
+    config = load_config(name)
+    is_recorded = name.partition(":")[0].endswith(".json")
+    if is_recorded and any(flag == f"{CONFIG}.init_from.path" for flag, _ in overrides):
+        with config.unlocked():
+            config.init_from = config_dict(InitFrom())
+    for flag, text in overrides:
+        override(config, flag, text)
+    return config
 
 
 def override(config: ml_collections.ConfigDict, flag: str, text: str | bool) -> None:

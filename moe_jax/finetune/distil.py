@@ -21,12 +21,12 @@ from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.part import MoE
 from moe_jax.part import Part
 from moe_jax.training.arrays import by_name, name_of
-from moe_jax.training.checkpoints import Checkpoints
-from moe_jax.training.init_from import Source, open_source
+from moe_jax.training.init_from import Source, open_source, read_taken
 from moe_jax.training.loss import Batch, CrossEntropy, Scored, Totals, TrainingLoss, call_of
 from moe_jax.training.placement import check_run, state_shardings
 from moe_jax.training.state import abstract_state
-from moe_jax.training.workdir import CHECKPOINTS, Record, recorded_run
+from moe_jax.training.workdir import Record, recorded_run
+from moe_jax.weights.low_rank import ADAPTERS
 
 
 def soft_nats(student_BLV: jax.Array, teacher_BLV: jax.Array, temperature: float) -> jax.Array:
@@ -114,7 +114,10 @@ class Distil(TrainingLoss):
             config,
             model=model,
             init_from=InitFrom(path=self.teacher, step=self.step, fresh=names_of_modules(whole)),
-            optimizer=OptimizerConfig(warmup_steps=0),  # the run's may name parts it does not have
+            # The run's may name parts that it does not have. Nothing of a teacher trains.
+            optimizer=OptimizerConfig(
+                warmup_steps=0, trainable=("all",) if model.adapters is None else (ADAPTERS,)
+            ),
             training=dataclasses.replace(config.training, loss=CrossEntropy()),
         )
 
@@ -157,13 +160,8 @@ class Distil(TrainingLoss):
         """See `TrainingLoss`; reads averaged parameters where the teacher has them."""
         source, (params, state, step) = self.source(config), self.abstract_arrays(config, mesh)
         wanted = {"params": params, "model_state": state}
-        named = by_name(wanted)
-        with Checkpoints(source.workdir / CHECKPOINTS, keep=None) as checkpoints:
-            taken = {of: named[name] for name, of in source.takes.items()}
-            found = checkpoints.restore_some(source.step, taken)
-        read = jax.tree_util.tree_map_with_path(
-            lambda path, _: found[source.takes[name_of(path)]], wanted
-        )
+        taken = read_taken(source, by_name(wanted), mesh, averages=True)
+        read = jax.tree_util.tree_map_with_path(lambda path, _: taken[name_of(path)], wanted)
         at_step = jax.device_put(np.asarray(source.step, step.dtype), step.sharding)
         return read["params"], read["model_state"], at_step
 

@@ -16,6 +16,7 @@ from moe_jax.finetune.remodel import (
     Remodel,
     specs_by_path,
     with_layers,
+    with_model,
     with_parts,
 )
 from moe_jax.finetune.upcycle import gates_without_preference
@@ -118,7 +119,7 @@ def merge_experts(config: ExperimentConfig, load: Load | None = None) -> Remodel
         )
         for stack, layout in model.layouts.items()
     }
-    new = dataclasses.replace(config, model=with_parts(model, parts, layouts))
+    new = with_model(config, with_parts(model, parts, layouts))
     return Remodel(config, new, origins)
 
 
@@ -234,7 +235,7 @@ def prune_experts(config: ExperimentConfig, kept: Mapping[str, np.ndarray]) -> R
         by_layer = dict(zip(model.layers_of[name], kept_XE.tolist(), strict=True))
         origins[name, name] = origin = Pruned(moe, model.dims, by_layer)
         parts[name] = origin.block
-    new = dataclasses.replace(config, model=with_parts(model, parts, model.layouts))
+    new = with_model(config, with_parts(model, parts, model.layouts))
     return Remodel(config, new, origins)
 
 

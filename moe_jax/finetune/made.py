@@ -2,14 +2,14 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moe_jax.config import ExperimentConfig, MeshConfig
+from moe_jax.config import ExperimentConfig, InitFrom, MeshConfig, read_config
 from moe_jax.config.check import require
 from moe_jax.data.tokenizers import form_and_path
 from moe_jax.files import require_absent, whole_or_absent
@@ -17,12 +17,13 @@ from moe_jax.finetune.moments import remodelled_optimizer
 from moe_jax.finetune.preservation import (
     TOLERANCE,
     Batch,
-    Said,
+    Outputs,
     check_preserved,
     difference,
     heldout_text,
 )
 from moe_jax.finetune.remodel import Remodel, remodelled, remodelled_state
+from moe_jax.models.wrapping import require_plain
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.imported import (
     INHERITED,
@@ -48,7 +49,7 @@ class Source:
       state: its arrays; they are deleted as soon as the new model no longer needs them.
       mesh: of the arrays.
       batches: text on which the models are compared.
-      said: the model's outputs on this text.
+      outputs: of the model on this text.
     """
 
     workdir: pathlib.Path
@@ -56,7 +57,7 @@ class Source:
     state: TrainState
     mesh: Mesh
     batches: Sequence[Batch]
-    said: Said
+    outputs: Outputs
 
 
 def open_source(
@@ -68,6 +69,7 @@ def open_source(
     trust: bool = False,
     moments: bool = False,
     num_batches: int = 1,
+    check: Callable[[ExperimentConfig], object] | None = None,
 ) -> Source:
     """Loads a model and runs it on held-out text.
 
@@ -79,16 +81,23 @@ def open_source(
       trust: see `load_run`.
       moments: see `load_run`.
       num_batches: of text.
+      check: is called with the config before arrays are read, and raises if no model can be made.
 
     Raises:
-      ValueError: `output` exists, or the run cannot be read.
+      ValueError: `output` exists, the run cannot be read, or its weights are not plain.
     """
     require_absent(output)
+    record, _ = recorded_run(workdir, step)
+    if record:  # without one, `load_run` refuses the directory
+        recorded = read_config(record, ExperimentConfig, trust=trust)
+        require_plain(recorded.model)
+        if check is not None:
+            check(recorded)
     config, state = load_run(workdir, mesh, step, trust=trust, moments=moments)
     placed_on = make_mesh(config.mesh)
     batches = heldout_text(workdir, config, placed_on, num_batches)
-    said = Said(config, state.params, state.model_state, batches, placed_on, state.step)
-    return Source(workdir, config, state, placed_on, batches, said)
+    outputs = Outputs(config, state.params, state.model_state, batches, placed_on, state.step)
+    return Source(workdir, config, state, placed_on, batches, outputs)
 
 
 def make(
@@ -121,7 +130,9 @@ def make(
     inference_rows(remodel.new, mesh)  # the mesh splits the new model
     opt_state: Any = ()
     if optimizer_state:
-        opt_state = remodelled_optimizer(remodel, state.opt_state, key, mesh, counts=position)
+        opt_state = remodelled_optimizer(
+            remodel, state.opt_state, state.params, key, mesh, counts=position
+        )
     source.state = state._replace(opt_state=(), params=None)
     params = remodelled(remodel, state.params, key, mesh, donate=True)
     model_state = remodelled_state(remodel, state.model_state, key)
@@ -129,10 +140,23 @@ def make(
     return TrainState(step, params, opt_state, model_state, state.key_data)
 
 
+def describe_names(remodel: Remodel) -> str:
+    """The trained names that the new model lacks, as a line to print; "" if there are none."""
+    old, new = remodel.old.optimizer, remodel.new.optimizer
+    left_out = [name for name in dict.fromkeys(old.chosen) if name not in new.chosen]
+    if not left_out:
+        return ""
+    now = f"trainable={','.join(new.trainable)}, frozen={','.join(new.frozen) or '()'}"
+    return (
+        f"names of the optimizer that choose nothing in the new model are left out: "
+        f"{', '.join(left_out)}; now {now}\n"
+    )
+
+
 def compare(source: Source, remodel: Remodel, state: TrainState) -> float:
     """The distance of the new model's logits from the old model's; see `difference`."""
     args = (state.params, state.model_state, source.batches, source.mesh, source.state.step)
-    return difference(source.said, Said(remodel.new, *args))
+    return difference(source.outputs, Outputs(remodel.new, *args))
 
 
 def judge(source: Source, apart: float, *, allow_change: bool, fix: str) -> str:
@@ -144,8 +168,8 @@ def judge(source: Source, apart: float, *, allow_change: bool, fix: str) -> str:
     check_preserved(apart, allow_change, fix)
     verb = "preserved" if apart <= TOLERANCE else "changed"
     return (
-        f"{verb}: logits of {source.said.num_tokens} held-out tokens differ by {apart:.3g} of the "
-        f"largest one, where {TOLERANCE:g} counts as equal"
+        f"{verb}: logits of {source.outputs.num_tokens} held-out tokens differ by {apart:.3g} of "
+        f"the largest one, where {TOLERANCE:g} counts as equal"
     )
 
 
@@ -173,6 +197,8 @@ def save_made(
 ) -> None:
     """Writes the directory of a model made from a run, completely or not at all.
 
+    Its config starts from no other model: nothing that `init_from` said of the run holds for it.
+
     Args:
       workdir: of that run; a tokenizer in it is copied.
       config: of the new model.
@@ -181,7 +207,7 @@ def save_made(
       origin: how it was made, as JSON values; `made_by` is the command.
     """
     record, _ = recorded_run(workdir)
-    config = dataclasses.replace(config, mesh=MeshConfig())
+    config = dataclasses.replace(config, mesh=MeshConfig(), init_from=InitFrom())
     kept = inherited(origin_of_run(workdir), origin["made_by"])
     with whole_or_absent(output) as partial:
         names = copy_tokenizer(workdir / TOKENIZER, partial / TOKENIZER)

@@ -51,15 +51,18 @@ def kept_of(path: tuple[Any, ...], parameters: Any) -> Kept | None:
 
 
 def remodelled_optimizer(
-    remodel: Remodel, opt_state: Any, key: jax.Array, mesh: Mesh, *, counts: bool
+    remodel: Remodel, opt_state: Any, params: Any, key: jax.Array, mesh: Mesh, *, counts: bool
 ) -> Any:
     """The optimizer state of the new model: moments are carried and copied as parameters are.
 
-    A newly drawn parameter, such as a router's, has the moments of a new run.
+    A newly drawn parameter, such as a router's, has moments of 0. The step count of Adam is
+    one for all parameters and is carried, so the correction for its first steps is missing.
 
     Args:
       remodel: the two models; both configs have the same optimizer.
       opt_state: of the old model, on the mesh.
+      params: of the old model; where it has no average of a frozen parameter, the new one starts at
+        the new parameter.
       key: the same as for the parameters.
       mesh: of both.
       counts: whether the schedule of the learning rate continues; else it starts again.
@@ -70,6 +73,7 @@ def remodelled_optimizer(
     if not counts:
         opt_state = with_schedule_at(opt_state, 0)
     old = dict(leaves_with_path(opt_state))
+    old_params = {path_of(path): array for path, array in leaves_with_path(params)}
     specs = {path_of(path): spec for path, spec in leaves_with_path(remodel.new.model.specs())}
     wanted = abstract_state(remodel.new).opt_state
     fresh: dict[tuple[Any, ...], NamedSharding] = {}
@@ -81,10 +85,13 @@ def remodelled_optimizer(
         recipe, spec = remodel.recipes[kept.path], specs[kept.path]
         needed = {name: kept.of(name) for name in recipe.needed}
         sharding = named_sharding(axes_of_moment(spec.axes, spec.shape, leaf.shape), mesh)
-        if (kept.is_moment and not needed) or not set(needed.values()) <= set(old):
+        is_carried = set(needed.values()) <= set(old)
+        if kept.is_moment and not (needed and is_carried):
             fresh[path] = sharding
             return leaf
-        arrays = {name: old[where] for name, where in needed.items()}
+        arrays = old_params
+        if is_carried:
+            arrays = {name: old[where] for name, where in needed.items()}
         shape = None if leaf.shape == spec.shape else leaf.shape[recipe.stacked :]
         return made_of(recipe, arrays, key, sharding, moment=kept.is_moment, shape=shape)
 
@@ -96,7 +103,7 @@ def remodelled_optimizer(
 def started(
     config: ExperimentConfig, shardings: dict[tuple[Any, ...], NamedSharding]
 ) -> dict[tuple[Any, ...], jax.Array]:
-    """Some arrays of the optimizer's state before the first step, by path."""
+    """Some moments before the first step, by path; they do not depend on the parameters."""
 
     def some() -> dict[str, jax.Array]:
         params = jax.tree.map(

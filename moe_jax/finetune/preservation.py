@@ -82,7 +82,7 @@ def outputs_of(
     return output.logits_BLV, load
 
 
-class Said:
+class Outputs:
     """The outputs of a model on some text: logits, and the load of experts.
 
     Attributes:
@@ -118,7 +118,7 @@ class Said:
         return sum(map(len, self.logits))
 
 
-def difference(old: Said, new: Said) -> float:
+def difference(old: Outputs, new: Outputs) -> float:
     """The largest difference of two logits, divided by the old model's largest absolute logit."""
     pairs = list(zip(old.logits, new.logits, strict=True))
     largest = max(float(np.abs(before).max()) for before, _ in pairs)

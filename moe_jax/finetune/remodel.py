@@ -21,6 +21,8 @@ from moe_jax.config import ExperimentConfig
 from moe_jax.interchange.leaves import Leaf, leaf_at, leaves_of
 from moe_jax.models.layout import LayerNames, StackLayout
 from moe_jax.models.model import LanguageModel
+from moe_jax.models.selection import ALL, marked
+from moe_jax.models.trained import state_by_stack, training_marks, training_specs
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.parameters import ParameterSpec, init_parameters
 from moe_jax.part import Dims, Part
@@ -227,6 +229,31 @@ def with_parts(
     used |= set(model.multi_token.layer) if model.multi_token else set()
     kept = {name: part for name, part in parts.items() if name in used}
     return dataclasses.replace(model, parts=kept, **dict[str, Any](layouts))
+
+
+def with_model(config: ExperimentConfig, model: LanguageModel) -> ExperimentConfig:
+    """The config with another model, and with the trained names that choose parameters of it.
+
+    A dense model has no router to freeze, for example. If nothing is left to train, all trains.
+    """
+    specs, old = model.specs(), config.optimizer
+
+    def chosen(names: Sequence[str], tree: Any) -> tuple[str, ...]:
+        return tuple(name for name in names if any(jax.tree.leaves(marked(tree, (name,)))))
+
+    every = {**specs, **state_by_stack(model)}
+    optimizer = dataclasses.replace(
+        old,
+        trainable=chosen(old.trainable, every) or (ALL,),
+        frozen=chosen(old.frozen, every),
+        learning_rates=(),
+    )
+    if not any(jax.tree.leaves(training_marks(optimizer, specs))):
+        optimizer = dataclasses.replace(optimizer, trainable=(ALL,), frozen=())
+    names = chosen([name for name, _ in old.learning_rates], training_specs(optimizer, specs))
+    rates = tuple(pair for pair in old.learning_rates if pair[0] in names)
+    optimizer = dataclasses.replace(optimizer, learning_rates=rates)
+    return dataclasses.replace(config, model=model, optimizer=optimizer)
 
 
 def with_layers(layout: StackLayout, layers: Sequence[LayerNames]) -> StackLayout:

@@ -17,6 +17,7 @@ from moe_jax.finetune.remodel import (
     Remodel,
     specs_by_path,
     with_layers,
+    with_model,
     with_parts,
 )
 from moe_jax.finetune.ways import OUTWARD, Copies, Way
@@ -323,5 +324,5 @@ def upcycle(config: ExperimentConfig, upcycling: Upcycling) -> Remodel:
         f"layers {[*model.stack.layers]}",
         "Lower --every, or name the layers",
     )
-    new = dataclasses.replace(config, model=with_parts(model, parts, layouts))
+    new = with_model(config, with_parts(model, parts, layouts))
     return Remodel(config, new, origins)

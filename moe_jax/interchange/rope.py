@@ -26,6 +26,9 @@ LONGEST = {
     "llama4": 131_072, "llama4_text": 131_072,
 }  # fmt: skip
 
+# "model_type" of models whose positions transformers 4 scales if a file has no "rope_scaling".
+SCALED = ("gpt_oss",)
+
 
 def read_rotary(
     config: Reader, head_dim: int, *, theta: float = 10_000.0, interleaved: bool = False
@@ -131,6 +134,27 @@ def rope_settings(rotary: Rotary | None, head_dim: int) -> dict[str, Any]:
             original = rope["original_max_position_embeddings"]
             longest = {"max_position_embeddings": round(original * rope["factor"])}
     return {"rope_parameters": rope, **longest}
+
+
+def rope_of_transformers_4(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same positions as "rope_theta" and "rope_scaling", the only ones of transformers 4.
+
+    Args:
+      settings: a config.json with "rope_parameters" if the model has rotary positions.
+
+    Returns:
+      Settings to write beside "rope_parameters"; transformers 5 and `read_rotary` read either form.
+    """
+    rope = settings.get("rope_parameters")
+    if not rope:
+        return {}
+    outside, kind = ("rope_theta", "partial_rotary_factor"), rope["rope_type"]
+    older: dict[str, Any] = {name: rope[name] for name in outside if name in rope}
+    if kind != "default" or settings.get("model_type") in SCALED:
+        older["rope_scaling"] = {name: one for name, one in rope.items() if name not in outside}
+    if kind == "longrope":
+        older["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    return older
 
 
 def scaling_settings(scaling: RotaryScaling) -> dict[str, Any]:

@@ -16,13 +16,16 @@ from moe_jax.files import whole_or_absent
 from moe_jax.interchange.family import FAMILIES, Family, family_of
 from moe_jax.interchange.leaves import STATE, Leaf, leaves_of
 from moe_jax.interchange.read import CONFIG, tensor_names
+from moe_jax.interchange.rope import rope_of_transformers_4
 from moe_jax.interchange.rules import Rule
 from moe_jax.interchange.tensor_files import NAMES, SHARD_BYTES, ToWrite, write_tensors
 from moe_jax.models.model import LanguageModel
+from moe_jax.models.wrapping import require_plain
 
 LENGTHS = ("max_position_embeddings", "max_seq_len")  # the families' names of the context length
-# Settings that describe the files beside a config.json, not the model: Python modules, a dtype.
-OF_FILES = ("auto_map", "dtype", "torch_dtype")
+# Settings that describe the files beside a config.json, not the model: Python modules, a dtype,
+# the version that wrote them.
+OF_FILES = ("auto_map", "dtype", "torch_dtype", "transformers_version")
 OTHERS = ""  # among dtypes by tensor name: the key for all other tensors
 
 
@@ -50,10 +53,11 @@ def to_hf(
       shard_bytes: maximum bytes per file.
 
     Raises:
-      ValueError: no family can express the model, the parameters do not fit it, or the path is
-        taken; nothing is written then.
+      ValueError: no family can express the model, it has adapters or quantised weights, the
+        parameters do not fit it, or the path is taken; nothing is written then.
     """
     model, path = config.model, pathlib.Path(path)
+    require_plain(model)
     chosen = family_of(model, family or (config.name if config.name in FAMILIES else ""))
     written = config_json(chosen.written(model), settings or {})
     leaves = leaves_of(model)
@@ -74,7 +78,8 @@ def config_json(of_model: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
     """The content of a config.json: the settings of the model, plus the given ones.
 
     A given context length replaces the model's, since no output depends on it. With dynamic scaling
-    it sets frequencies, so there the model's is kept.
+    it sets frequencies, so there the model's is kept. Rotary positions are written in the forms of
+    transformers 4 and 5: each ignores the other's without a warning.
 
     Args:
       of_model: as `Family.written` returns it.
@@ -83,7 +88,8 @@ def config_json(of_model: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
     rope = of_model.get("rope_parameters") or {}
     lengths = () if rope.get("rope_type") == "dynamic" else LENGTHS
     kept = {name: value for name, value in given.items() if name not in OF_FILES}
-    return {**kept, **of_model, **{name: kept[name] for name in lengths if name in kept}}
+    length = {name: kept[name] for name in lengths if name in kept}
+    return {**kept, **of_model, **rope_of_transformers_4(of_model), **length}
 
 
 def most_common(names: Iterable[str]) -> str:

@@ -100,6 +100,26 @@ def plain_model(model: "LanguageModel") -> "LanguageModel":
     return dataclasses.replace(model, quantisation=None, adapters=None)
 
 
+def require_plain(model: "LanguageModel") -> None:
+    """Refuses a model with adapters or quantised weights, whose arrays have other paths.
+
+    Raises:
+      ValueError: with the command that makes its weights plain.
+    """
+    require(
+        model.adapters is None,
+        "the model must have plain weights",
+        f"it has adapters of {', '.join(model.adapters.names)}" if model.adapters else "",
+        "Run merge_adapters first",
+    )
+    require(
+        model.quantisation is None,
+        "the model must have plain weights",
+        f"it has weights of {model.quantisation.bits} bits" if model.quantisation else "",
+        "Use the run that was quantised",
+    )
+
+
 def quantised_params(params: Any, specs: Any, quantisation: Quantisation) -> Any:
     """Quantises the parameters that the setting chooses.
 

@@ -176,7 +176,8 @@ def match_parameters(
     """Maps parameters and state of parts to the checkpoint's arrays, by name.
 
     Without the moments, a parameter that the source's optimizer averages takes its average, which
-    the source is evaluated with. The `base` of a `Weight` takes the array that it wraps.
+    the source is evaluated with. The `base` of a `Weight` takes the array that it wraps, or its
+    average.
 
     Raises:
       ValueError: listing what differs.
@@ -189,7 +190,7 @@ def match_parameters(
     for name, text in texts.items():
         if name in fresh:
             continue
-        average = averages.get(name.removeprefix("params/"))
+        average = averages.get(unwrapped[name].removeprefix("params/"))
         source = average or (name if name in saved else unwrapped[name])
         used |= {name, unwrapped[name]}
         if fits(saved.get(source), text):
@@ -223,7 +224,10 @@ def without_base(tree: Any) -> dict[str, str]:
 def match_moments(
     config: ExperimentConfig, saved: Mapping[str, str], fresh: set[str], where: str
 ) -> dict[str, str]:
-    """The optimizer's arrays, except those of fresh parameters; see `match_parameters`."""
+    """The optimizer's arrays, except those of fresh parameters; see `match_parameters`.
+
+    Fresh parameters have moments of 0 beside the carried step count; see `docs/finetuning.md`.
+    """
     state = abstract_state(config)
     params, kept = map(jax.tree_util.tree_leaves_with_path, (state.params, state.opt_state))
     is_fresh = {path: f"params/{name_of(path)}" in fresh for path, _ in params}
@@ -323,32 +327,59 @@ def first_state(config: ExperimentConfig, mesh: Mesh, source: Source) -> TrainSt
     """The initial state, with the arrays taken from a source; created on its devices."""
     shardings = state_shardings(config, mesh)
     abstract, placed = by_name(abstract_state(config)), by_name(shardings)
-
-    def struct(name: str) -> jax.ShapeDtypeStruct:
-        leaf = abstract[name]
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[name])
-
-    with Checkpoints(source.workdir / CHECKPOINTS, keep=None) as checkpoints:
-        saved = checkpoints.arrays(source.step)
-        names = {} if config.init_from.optimizer_state else found_by(SCHEDULE_FREE, saved)
-        names = {f"params/{name}": of for name, of in names.items()}
-        z = {name: of for name, of in names.items() if name in source.takes}
-        wanted = {of: struct(name) for name, of in (*source.takes.items(), *z.items())}
-        b1 = found_by(B1, saved)["b1"] if z else None
-        if b1 is not None:
-            everywhere = named_sharding((), mesh)
-            wanted[b1] = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
-        found = checkpoints.restore_some(source.step, wanted)
+    wanted = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[name])
+        for name, leaf in abstract.items()
+        if name in source.takes
+    }
+    taken = read_taken(source, wanted, mesh, averages=not config.init_from.optimizer_state)
     begin = jax.jit(
         state_from,
         static_argnames=("config", "step"),
-        donate_argnames=("taken", "z"),
+        donate_argnames="taken",
         out_shardings=shardings,
     )
-    return begin(
-        config=config,
-        taken={name: found[of] for name, of in source.takes.items()},
-        step=source.step if config.init_from.data_position else 0,
+    step = source.step if config.init_from.data_position else 0
+    return begin(config=config, taken=taken, step=step)
+
+
+def read_taken(
+    source: Source, wanted: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh, *, averages: bool
+) -> dict[str, jax.Array]:
+    """The arrays that a run takes, by name in its state, read straight onto their devices.
+
+    Args:
+      source: the checkpoint, and the arrays.
+      wanted: every array in `source.takes`, with its sharding.
+      mesh: of the shardings.
+      averages: whether a parameter that Schedule-Free trained is its average x. The checkpoint has
+        y = b1 x + (1 - b1) z (arXiv:2405.15682), and z and b1.
+    """
+    takes = source.takes
+    with Checkpoints(source.workdir / CHECKPOINTS, keep=None) as checkpoints:
+        saved = checkpoints.arrays(source.step) if averages else {}
+        z_of = {f"params/{name}": of for name, of in found_by(SCHEDULE_FREE, saved).items()}
+        z = {name: z_of[of] for name, of in takes.items() if of in z_of}
+        structs = {of: wanted[name] for name, of in takes.items()}
+        for name, of in z.items():  # x is computed in float32, whatever its own dtype
+            structs[of] = structs[takes[name]] = wanted[name].update(dtype=jnp.float32)
+        b1 = found_by(B1, saved).get("b1", "")
+        if z:
+            scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=named_sharding((), mesh))
+            structs[b1] = scalar
+        found = checkpoints.restore_some(source.step, structs)
+    taken = {name: found[of] for name, of in takes.items()}
+    if not z:
+        return taken
+
+    def average(y: dict[str, jax.Array], z: dict[str, jax.Array], b1: jax.Array) -> Any:
+        return {name: (y[name] - (1 - b1) * z[name]) / b1 for name in z}
+
+    placed = {name: wanted[name].sharding for name in z}
+    compute = jax.jit(average, donate_argnames="y", out_shardings=placed)
+    x = compute(
+        y={name: taken[name] for name in z},
         z={name: found[of] for name, of in z.items()},
-        b1=1.0 if b1 is None else found[b1],
+        b1=found[b1],
     )
+    return taken | {name: array.astype(wanted[name].dtype) for name, array in x.items()}
