@@ -31,6 +31,7 @@ from moe_jax.training.optimizers import moments_of
 
 # optax.scale_by_factored_rms factors a matrix if both of its dims are at least this.
 MIN_FACTORED = 128
+STEP_BYTES = 4  # of an int32 step count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Memory:
 
     Attributes:
       parameters: as stored: float32, integers and scales if quantised, and adapters.
-      teacher: parameters of the teachers, as stored, and the state of their parts.
+      teacher: parameters of the teachers, as stored, the state of their parts, and their steps.
       optimizer: moments, float32.
       gradients: of what trains, float32; with several microbatches, the sum and the newest one.
       saved_activations: what the forward pass of a microbatch saves for the backward pass.
@@ -78,7 +79,7 @@ def estimate_memory(work: Workload) -> Memory:
     ]
     return Memory(
         parameters=parameter_bytes(work),
-        teacher=sum(parameter_bytes(one) + state_bytes(one) for one in work.teachers),
+        teacher=sum(parameter_bytes(one) + state_bytes(one) + STEP_BYTES for one in work.teachers),
         optimizer=optimizer_bytes(work),
         gradients=gradient_copies * local_bytes(training_parameters(work.config), mesh),
         saved_activations=saved_bytes(work),
