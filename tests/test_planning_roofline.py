@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from unittest import mock
 
 import pytest
 
@@ -346,6 +347,11 @@ def test_a_sweep_puts_the_fastest_that_fit_first():
     copies = [one.work.mesh for one in found.too_large]
     assert MeshConfig(data=4) in copies, "four copies are too large"
     assert found.fitting[0].work.mesh.fsdp * found.fitting[0].work.mesh.expert > 1
+    assert found.own == MeshConfig(data=4)
+    last = found.fitting[-1].work.mesh
+    with mock.patch.object(sweeping, "MAX_ROWS", 1):
+        text = sweep_text(dataclasses.replace(found, own=last))
+    assert f"the config's own mesh, number {len(found.fitting)} of these" in text
     text = sweep_text(found)
     assert f"{len(found.fitting)} meshes fit" in text and "do not fit" in text
     full = sum(one.memory.total > 0.75 * 15.75 * GIB for one in found.fitting)

@@ -58,12 +58,14 @@ class Sweep:
       too_large: meshes without enough memory.
       uneven: number of refused meshes by the rule that they break, such as an even split of arrays
         or batch.
+      own: the config's own mesh; None if it is not among those that split everything evenly.
     """
 
     topology: Topology
     fitting: list[Candidate]
     too_large: list[Candidate]
     uneven: dict[str, int]
+    own: MeshConfig | None = None
 
 
 def meshes(num_devices: int, slices: int) -> Iterator[MeshConfig]:
@@ -87,7 +89,7 @@ def sweep(config: ExperimentConfig, topology: Topology, compile_best: int = 0) -
     """Estimates a step on every mesh of a machine.
 
     Args:
-      config: its mesh is ignored, except for `experts_span_slices`.
+      config: of its mesh, `experts_span_slices` holds for all; the rest is one of the meshes.
       topology: the machine.
       compile_best: compile the step on this many of the fastest meshes that should fit.
 
@@ -129,7 +131,16 @@ def sweep(config: ExperimentConfig, topology: Topology, compile_best: int = 0) -
         [one for one in asked if one.fits] + rest,
         [one for one in asked if not one.fits] + too_large,
         uneven,
+        own_mesh(config, topology),
     )
+
+
+def own_mesh(config: ExperimentConfig, topology: Topology) -> MeshConfig | None:
+    """The config's mesh on a machine; None if it does not fit the machine or the model."""
+    try:
+        return resolve(config, topology.num_devices, topology.chip.platform).mesh
+    except ValueError:
+        return None
 
 
 def rule_of(error: str) -> str:
@@ -166,6 +177,9 @@ def sweep_text(found: Sweep) -> str:
         lines += ["", "fit, fastest first", *_rows(shown, near)]
         if any(one.is_near(near) for one in shown):
             lines.append(f"*: above {NEAR:.0%} of the memory. {COMPILE}")
+    for place, one in enumerate(found.fitting[MAX_ROWS:], MAX_ROWS + 1):
+        if one.work.mesh == found.own:
+            lines += ["", f"the config's own mesh, number {place} of these", *_rows([one], near)]
     if found.too_large:
         lines += ["", "do not fit, fastest first", *_rows(found.too_large[:MAX_ROWS], math.inf)]
     if found.uneven:

@@ -27,6 +27,7 @@ from moe_jax.planning.roofline import (
     model_flops,
 )
 from moe_jax.planning.sorted_rows import executed_flops, share_in_kernels, sorted_rows
+from moe_jax.planning.topology import Topology
 from moe_jax.planning.traffic import hbm_traffic
 
 MAX_REMEDIES = 6
@@ -75,7 +76,8 @@ def header(plan: Plan) -> str:
     if plan.topology is not None:
         chip, share = plan.topology.chip, plan.topology.chip.devices
         lines.append(
-            f"  {plan.topology.name}: a device has {chip.flops / share / 1e12:,.1f} TFLOP/s, "
+            f"  {plan.topology.name}{nodes_of(plan.topology)}: a device has "
+            f"{chip.flops / share / 1e12:,.1f} TFLOP/s, "
             f"{_gib(chip.hbm_bytes / share)} ({_gib(plan.available)} usable) at "
             f"{chip.hbm_bandwidth / share / 1e9:,.0f} GB/s, interconnect "
             f"{chip.interconnect / share / 1e9:,.0f} GB/s, network "
@@ -86,6 +88,14 @@ def header(plan: Plan) -> str:
         if chip.platform == "gpu":
             lines.append(f"  {cudnn_text()}")
     return "\n".join(lines)
+
+
+def nodes_of(topology: Topology) -> str:
+    """Such as ", 8 nodes of 4 GPUs"; "" for TPU slices."""
+    if topology.chip.platform != "gpu":
+        return ""
+    nodes, gpus = topology.shape
+    return f", {nodes:,} node{'s' * (nodes > 1)} of {gpus} GPU{'s' * (gpus > 1)}"
 
 
 def parameters_text(plan: Plan) -> str:

@@ -54,8 +54,6 @@ def state_from(
     config: ExperimentConfig,
     taken: Mapping[str, jax.Array],
     step: int = 0,
-    z: Mapping[str, jax.Array] | None = None,
-    b1: jax.typing.ArrayLike = 1.0,
 ) -> TrainState:
     """The initial state of a run that starts from given arrays; jit-compatible.
 
@@ -67,18 +65,13 @@ def state_from(
       taken: arrays by name, such as "params/embedding", "model_state/moe/bias_E",
         "opt_state/1/mu/embedding".
       step: step that the run continues from; also the count of its schedules.
-      z: Schedule-Free's z, by names of parameters for which `taken` contains y.
-      b1: weight of x in y = b1 x + (1 - b1) z; the run starts from x.
     """
 
     def replaced(**trees: Any) -> Any:
         values = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
-        leaves = [found.get(name, value) for name, value in values.items()]
+        leaves = [taken.get(name, value) for name, value in values.items()]
         return jax.tree.unflatten(jax.tree.structure(trees), leaves)
 
-    found = dict(taken)
-    for name, array in (z or {}).items():
-        found[name] = (found[name] - (1 - b1) * array) / b1
     drawn = init_state(config)
     new = replaced(params=drawn.params, model_state=drawn.model_state)
     trained = trained_params(config, new["params"])
