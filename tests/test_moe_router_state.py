@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.layers.attention import Attention
 from moe_jax.models.model import LanguageModel
@@ -11,8 +12,9 @@ from moe_jax.models.stack import StackLayout
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.fixed import FixedRouter
-from moe_jax.parameters import ParameterSpec, zeros
-from moe_jax.part import Call, Dims, Own
+from moe_jax.moe.routing.token_choice import TokenChoice
+from moe_jax.parameters import ParameterSpec, init_parameters, zeros
+from moe_jax.part import Call, Dims, Own, merge_aux
 
 E, K, LENGTH, MODEL_DIM = 4, 2, 8, 3
 
@@ -29,8 +31,9 @@ class Fewest(FixedRouter):
         fewest_K = jnp.argsort(inputs.state["had_E"])[: inputs.options.num_selected]
         return jnp.broadcast_to(fewest_K, (*x_GSM.shape[:2], len(fewest_K)))
 
-    def measure(self, routing, inputs):
-        return {"tokens": jnp.sum(inputs.valid_GS)}
+    def route(self, params, x_GSM, inputs):
+        routing = super().route(params, x_GSM, inputs)
+        return routing._replace(sums={"tokens": jnp.sum(inputs.valid_GS)})
 
     def next_state(self, state, sums, step):
         return {"had_E": state["had_E"] + jnp.sum(sums["assigned_KE"], axis=-2)}
@@ -58,6 +61,44 @@ def test_a_router_chooses_by_its_state_and_the_step_moves_it():
     later = BLOCK.next_state(jax.tree.map(lambda a: a[None], state), of_layers.sums, 0, 10)
     assert later["router"]["had_E"].tolist() == [[5, 6, 3, 7]]
     assert BLOCK.metrics(of_layers)["tokens_sent"].tolist() == [6]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tempered(TokenChoice):
+    """Token choice with logits over a learned temperature, which it logs."""
+
+    def specs(self, dims, options):
+        temperature = ParameterSpec((), (), zeros, "router", decays=False)
+        return super().specs(dims, options) | {"log_temperature": temperature}
+
+    def route(self, params, x_GSM, inputs):
+        temperature = jnp.exp(params["log_temperature"])
+        own = {"temperature": temperature * jnp.sum(inputs.valid_GS)}
+        return super().route(params, x_GSM / temperature, inputs)._replace(sums=own)
+
+    def metrics(self, sums):
+        return {"temperature": sums["router"]["temperature"] / sums["num_tokens"]}
+
+
+def test_a_router_logs_a_parameter_whatever_the_padding_and_the_microbatches():
+    block = MoE(num_experts=E, num_selected_experts=K, expert_dim=2, router=Tempered())
+    params = init_parameters(jax.random.key(0), block.specs(Dims(MODEL_DIM)))
+
+    def aux_of(temperature, num_valid):
+        router = params["router"] | {"log_temperature": jnp.log(temperature)}
+        segments_BL = (jnp.arange(LENGTH) < num_valid).astype(jnp.int32)[None]
+        x_BLM = jnp.ones((1, LENGTH, MODEL_DIM))
+        return moe_block(params | {"router": router}, x_BLM, block, Call(segments_BL=segments_BL))[
+            1
+        ]
+
+    def stacked(*trees):
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+    temperatures, lengths = (0.5, 3.0), (8, 3)  # of two layers, of two microbatches
+    microbatches = [stacked(*(aux_of(t, valid) for t in temperatures)) for valid in lengths]
+    batch = merge_aux({"moe": stacked(*microbatches)})["moe"]
+    np.testing.assert_allclose(block.metrics(batch)["temperature"], temperatures, rtol=1e-6)
 
 
 def test_a_model_keeps_it_by_layer():

@@ -33,9 +33,9 @@ def measure(
 
     Returns:
       The `Aux` of `routing_aux`, with four more sums: `losses`, measurements of each balance loss,
-      by name; `router_loss`, the router's loss summed over tokens; `router`, measurements of the
-      router; and `bias`, measurements of the bias update in training. With a bounded buffer, also
-      the sum `buffer_overflow` and the maxima `buffer_rows` and `buffer_factor` (see `Buffer`).
+      by name; `router_loss`, the router's loss summed over tokens; `router`, its `Routing.sums`;
+      and `bias`, measurements of the bias update in training. With a bounded buffer, also the sum
+      `buffer_overflow` and the maxima `buffer_rows` and `buffer_factor` (see `Buffer`).
     """
     valid_GS, batch_shape = inputs.valid_GS, (shape[0], shape[1])
     kept_GSK = jnp.broadcast_to(kept_GSK, routing.chosen_GSK.shape)
@@ -51,8 +51,8 @@ def measure(
     by_sequence = {
         name: loss.measure_sequences(routing, valid_GS, batch_shape) for name, loss in losses
     }
-    sums = {**aux.sums, "losses": measured, "router_loss": router_loss, "bias": bias}
-    sums["router"] = moe.router.measure(routing, inputs) if moe.num_options > 1 else {}
+    own = {"losses": measured, "router_loss": router_loss, "router": routing.sums, "bias": bias}
+    sums = {**aux.sums, **own}
     maxima = dict(aux.maxima)
     if buffer is not None:
         sums["buffer_overflow"] = buffer.overflow

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from moe_jax.config.settings import Settings, setting
 from moe_jax.parallel.rules import mesh_in_use, partition_spec
-from moe_jax.part import DTYPES, Dims, RunShape, Sums
+from moe_jax.part import DTYPES, NOTHING, Dims, RunShape, Sums
 
 if TYPE_CHECKING:
     from moe_jax.moe.part import MoE
@@ -72,6 +72,8 @@ class Routing(NamedTuple):
         mean over the layers of the part. None: no loss.
       mixing: how tokens mix in slots, if the router filled them; the choices are then only for
         statistics.
+      sums: arrays of the call that add up over a batch, for `Router.next_state` and
+        `Router.metrics`: such as a sum over valid tokens, or a parameter times their number.
     """
 
     logits_GSE: jax.Array
@@ -85,6 +87,7 @@ class Routing(NamedTuple):
     noise_std_GSE: jax.Array | None = None
     loss_GS: jax.Array | None = None
     mixing: Mixing | None = None
+    sums: Sums = NOTHING
 
 
 class Options(NamedTuple):
@@ -213,18 +216,13 @@ class Router(Settings):
         del dims, options
         return {}
 
-    def measure(self, routing: Routing, inputs: RouterInputs) -> dict[str, Any]:
-        """Arrays of a call for `next_state` and `metrics`; they add up over a batch."""
-        del routing, inputs
-        return {}
-
     def next_state(self, state: Any, sums: Sums, step: jax.Array) -> Any:
         """The state of all layers after a step.
 
         Args:
           state: arrays with a leading dim of layers.
           sums: of the block over the whole batch, with a leading dim of layers; they include
-            `assigned_KE`, `num_tokens` and, as "router", what `measure` returned.
+            `assigned_KE`, `num_tokens` and, as "router", `Routing.sums`.
           step: int32 scalar, 0 for the first step.
         """
         del sums, step
