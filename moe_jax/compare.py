@@ -3,11 +3,13 @@
 A RUN is a workdir, a folder of workdirs, or a pattern in quotes. Prints a table with a row per run:
 the settings in which they differ, and their results. Then prints means over seeds. Configs that
 were run with the same seeds are compared with one of them, the baseline, pair by pair. Unfinished,
-failed and damaged runs are shown as such. --out writes a page (compare.html) and its figure
+failed and damaged runs are shown as such. A table that is wider than the terminal is continued
+below; in a file or a pipe it is one. --out writes a page (compare.html) and its figure
 (compare.png). docs/runs.md explains each column.
 """
 
 import pathlib
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -25,15 +27,15 @@ if TYPE_CHECKING:  # it takes seconds to import
 PAGE_FILE, FIGURE_FILE = "compare.html", "compare.png"
 
 
-def said(comparison: "Comparison", pairs: "Pairs") -> str:
-    """What the command prints."""
+def said(comparison: "Comparison", pairs: "Pairs", width: int | None = None) -> str:
+    """What the command prints, in tables of at most `width` characters per line."""
     columns = [column for column in comparison.shown_columns if column.name != "note"]
     seeds = comparison.seed_columns
     wrong = [entry for entry in comparison.entries if entry.note]
     parts = [
-        text_of(columns),
-        f"Means over seeds:\n{text_of(seeds)}" if seeds else "",
-        f"Paired differences:\n{text_of(pairs.columns)}" if pairs.columns else "",
+        text_of(columns, width),
+        f"Means over seeds:\n{text_of(seeds, width)}" if seeds else "",
+        f"Paired differences:\n{text_of(pairs.columns, width)}" if pairs.columns else "",
         "\n".join(f"{entry.state}: {printable(f'{entry.name}: {entry.note}')}" for entry in wrong),
         "\n".join([*comparison.notes, *pairs.notes]),
     ]
@@ -69,7 +71,8 @@ def run(
 
     comparison = compare(read_entries(find_runs(paths)), order)
     pairs = pairs_of(comparison, baseline)
-    print(said(comparison, pairs))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(said(comparison, pairs, width))
     if csv:
         file = pathlib.Path(csv)
         file.parent.mkdir(parents=True, exist_ok=True)

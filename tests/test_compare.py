@@ -458,6 +458,21 @@ def test_tables():
     assert csv_text(columns) == "name,n\na,1\nlong,\n"
 
 
+def test_a_table_that_is_wider_than_the_terminal_is_continued_below():
+    columns = [
+        Column("name", "name", ("a", "long")),
+        Column("x", "x", (1, 2)),
+        Column("y", "a.title_in.two_long_lines.of_it", ("seven", "six")),
+        Column("z", "z", (3, 4)),
+    ]
+    first = "name  x\na     1\nlong  2"
+    second = "      a.title_in.\nname  two_long_lines.of_it\na     seven\nlong  six"
+    third = "name  z\na     3\nlong  4"
+    assert text_of(columns, 20) == "\n\n".join([first, second, third])
+    assert text_of(columns, 29).count("\n\n") == 1  # the columns before the last fill 29
+    assert len(text_of(columns).splitlines()) == 4
+
+
 def test_a_figure_that_could_not_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError("no space left on device")

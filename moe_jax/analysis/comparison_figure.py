@@ -1,9 +1,9 @@
 """The figure of a comparison: held-out and training loss of every run, against four measures."""
 
+import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -19,24 +19,31 @@ from moe_jax.training.metrics import SECONDS_PER_STEP, elapsed
 
 HELDOUT, TRAIN = "heldout/dropless/bits_per_byte", "train/loss"
 MAX_NAMES = 24  # in the legend
+Style = dict[str, str]
+# Every colour is used with solid lines and dots first, then with the next dashes and marks.
+STYLES: tuple[Style, ...] = tuple(
+    {"color": color, "linestyle": line, "marker": mark}
+    for line, mark in (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
+    for color in COLORS
+)
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
     """Curves in rows (held-out, training) and columns (steps, tokens, FLOPs, time).
 
-    Runs that differ only in their seeds have one colour. A held-out curve is of one text: if the
-    evaluations during a run are of a sample of the split, the final score is a dot.
+    Runs that differ only in their seeds look alike. A held-out curve is of one text: if the
+    evaluations during a run are of a sample of the split, the final score is a larger mark.
     """
     entries = comparison.entries
-    colors, firsts = colors_of(comparison)
+    styles, firsts = styles_of(comparison)
     names = [legend_name(entries[place], comparison, place) for place in firsts[:MAX_NAMES]]
     figure = Figure(figsize=(15, 7 + 0.16 * len(names)), layout="constrained")
     axes = figure.subplots(2, 4, sharey="row")
     several = len(comparison.tokenizers) > 1
     labels = dict.fromkeys(in_figure(entry.label("dropless")) for entry in entries)
-    dots = " (lines: a sample of it; dots: all)" * any(map(is_sampled, entries))
+    marks = " (lines: a sample of it; large marks: all)" * any(map(is_sampled, entries))
     rows: tuple[tuple[str, str], ...] = (
-        (f"Held-out text, {' or '.join(labels)}{dots}", "bits/byte"),
+        (f"Held-out text, {' or '.join(labels)}{marks}", "bits/byte"),
         ("Training" + ", tokenizers differ" * several, "nats/token"),
     )
     for row, (title, unit) in enumerate(rows):
@@ -47,12 +54,12 @@ def comparison_figure(comparison: Comparison) -> Figure:
             axis.tick_params(labelbottom=True)  # each row has its own limits
             axis.set_xlabel(x_label)
             draw = draw_heldout if row == 0 else draw_training
-            curves = [draw(axis, e, measure, c) for e, c in zip(entries, colors, strict=True)]
+            curves = [draw(axis, e, measure, s) for e, s in zip(entries, styles, strict=True)]
             cut_the_start(axis, [curve for curve in curves if len(curve[0])])
             if not axis.lines:
                 axis.text(0.5, 0.5, "not recorded", ha="center", transform=axis.transAxes,
                           color=GREY)  # fmt: skip
-    handles = [Line2D([], [], color=colors[place], linewidth=2) for place in firsts[:MAX_NAMES]]
+    handles = [Line2D([], [], **styles[place], markersize=4) for place in firsts[:MAX_NAMES]]
     left_out = len(firsts) - len(names)
     figure.legend(handles, names, loc="outside lower left", ncols=2, frameon=False, fontsize=8,
                   title=f"and {left_out} more" if left_out else None)  # fmt: skip
@@ -99,8 +106,8 @@ def is_sampled(entry: Entry) -> bool:
     return bool(entry.settings.get("training", {}).get("evaluation_batches"))
 
 
-def draw_heldout(axis: Axes, entry: Entry, measure: Measure, color: str) -> Curve:
-    """A curve on one text, and the final score as a dot if it is on another."""
+def draw_heldout(axis: Axes, entry: Entry, measure: Measure, style: Style) -> Curve:
+    """A curve on one text, and the final score as a larger mark if it is on another."""
     steps, losses = entry.run.curve(HELDOUT)
     final = entry.score.loss("dropless", "bits_per_byte") if is_final(entry) else None
     if final is not None:
@@ -110,41 +117,37 @@ def draw_heldout(axis: Axes, entry: Entry, measure: Measure, color: str) -> Curv
             steps, losses = steps[during], losses[during]
             x = measure(entry, last)
             if x is not None:
-                axis.plot(x, [final], "o", color=color, markersize=5)
+                axis.plot(x, [final], **style | {"linestyle": ""}, markersize=6)
         elif not len(steps):
             steps, losses = last, np.array([final])
     x = measure(entry, steps)
     if x is None or not len(steps):
         return np.array([]), np.array([])
-    axis.plot(x, losses, ".-", color=color, linewidth=1.2, markersize=4)
+    axis.plot(x, losses, **style, linewidth=1.2, markersize=3)
     return x, np.append(losses, [] if final is None else [final])
 
 
-def draw_training(axis: Axes, entry: Entry, measure: Measure, color: str) -> Curve:
+def draw_training(axis: Axes, entry: Entry, measure: Measure, style: Style) -> Curve:
     """The loss of the training batches, smoothed."""
     steps, losses = entry.run.curve(TRAIN)
     x = measure(entry, steps)
     if x is None or not len(steps):
         return np.array([]), np.array([])
-    axis.plot(x, smooth(losses), color=color, linewidth=1.2)
+    axis.plot(x, smooth(losses), **style | {"marker": ""}, linewidth=1.2)
     return x, losses
 
 
-def colors_of(comparison: Comparison) -> tuple[list[str], list[int]]:
-    """A colour for every run, and the place of the first run of each colour."""
+def styles_of(comparison: Comparison) -> tuple[list[Style], list[int]]:
+    """The colour, dashes and mark of every run, and the place of the first run of each style."""
     group_of = {place: group[0] for group in comparison.groups for place in group}
     places = range(len(comparison.entries))
     firsts = [place for place in places if group_of.get(place, place) == place]
-    palette: Sequence[str] = COLORS
-    if len(firsts) > len(COLORS):
-        shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(firsts)))
-        palette = [matplotlib.colors.to_hex(shade) for shade in shades]
-    by_first = dict(zip(firsts, palette, strict=False))
+    by_first = dict(zip(firsts, itertools.cycle(STYLES), strict=False))
     return [by_first[group_of.get(place, place)] for place in places], firsts
 
 
 def legend_name(entry: Entry, comparison: Comparison, place: int) -> str:
-    """The name of a run, its state, and how many runs have its colour."""
+    """The name of a run, its state, and how many runs have its style."""
     group = next((group for group in comparison.groups if place in group), [place])
     several = f" ({len(group)} seeds)" if len(group) > 1 else ""
     name = shared_name([comparison.entries[one].name for one in group])

@@ -66,18 +66,34 @@ def csv_text(columns: Sequence[Column]) -> str:
     return stream.getvalue()
 
 
-def text_of(columns: Sequence[Column], most: int = 48) -> str:
-    """A table for a terminal: titles broken at dots, cells cut, numbers to the right."""
-    cells = [[cut(cell, most) for cell in column.cells()] for column in columns]
-    titles = [broken(column.title) for column in columns]
-    height = max(map(len, titles))
-    heads = [[""] * (height - len(title)) + title for title in titles]
-    lines: list[list[str]] = [[] for _ in range(height + max(map(len, cells)))]
-    for column, head, body in zip(columns, heads, cells, strict=True):
-        width = max(map(len, [*head, *body]))
-        for line, cell in zip(lines, [*head, *body], strict=True):
-            line.append(cell.ljust(width) if column.is_text else cell.rjust(width))
-    return "\n".join("  ".join(line).rstrip() for line in lines)
+def text_of(columns: Sequence[Column], width: int | None = None, most: int = 48) -> str:
+    """A table for a terminal: titles broken at dots, cells cut, numbers to the right.
+
+    Args:
+      columns: its columns.
+      width: characters per line. A wider table is continued below, with its first column repeated.
+        None: no limit.
+      most: characters per cell.
+    """
+    height = max(len(broken(column.title)) for column in columns)
+    first, *others = (aligned(column, height, most) for column in columns)
+    bands = [[first]]
+    for cells in others:
+        wide = sum(len(some[0]) + 2 for some in bands[-1]) + len(cells[0])
+        if width is not None and wide > width and len(bands[-1]) > 1:
+            bands.append([first])
+        bands[-1].append(cells)
+    lines_of = (("  ".join(line).rstrip() for line in zip(*band, strict=True)) for band in bands)
+    return "\n\n".join("\n".join(filter(None, lines)) for lines in lines_of)
+
+
+def aligned(column: Column, height: int, most: int) -> list[str]:
+    """The title of a column in `height` lines and its cells, padded to one width."""
+    title = broken(column.title)
+    body = (cut(cell, most) for cell in column.cells())
+    cells = [*[""] * (height - len(title)), *title, *body]
+    width = max(map(len, cells))
+    return [cell.ljust(width) if column.is_text else cell.rjust(width) for cell in cells]
 
 
 def broken(title: str, most: int = 24) -> list[str]:
