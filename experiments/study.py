@@ -291,19 +291,13 @@ class Study:
     def check_row(self, row: Row) -> None:
         """Refuses a results line whose settings differ from the study's.
 
-        A setting that the library did not have at the time counts as its default. A line that
-        counts `training.evaluation_batches` in microbatches, as an earlier release did, is of the
-        same text.
+        A setting that the library did not have at the time counts as its default.
 
         Raises:
           ValueError: settings differ; the message names them.
         """
         now = self.settings(row["size"], row["arm"], row["seed"])
         theirs, ours = (read_settings(config) for config in (row["config"], now))
-        if theirs.training.evaluation_batches == ours.training.evaluation_microbatches:
-            batches = ours.training.evaluation_batches
-            training = dataclasses.replace(theirs.training, evaluation_batches=batches)
-            theirs = dataclasses.replace(theirs, training=training)
         changed = difference(to_dict(theirs), to_dict(ours))
         require(
             not changed,

@@ -74,8 +74,20 @@ def test_attention_inside_other_parts_is_upgraded_too():
 def test_a_config_of_today_is_left_as_it_is():
     written = write_config(ExperimentConfig())
     assert written["format"] == FORMAT and upgrade(written) is written
-    with pytest.raises(ValueError, match="formats 2 to 3 can be read: this one is of format 4"):
-        upgrade(written | {"format": 4})
+    with pytest.raises(ValueError, match="formats 2 to 4 can be read: this one is of format 5"):
+        upgrade(written | {"format": 5})
+
+
+@pytest.mark.parametrize(
+    ("microbatches", "num_microbatches", "batches"),
+    [(0, 4, 0), (10, 1, 10), (80, 8, 10), (5, 2, 3)],
+)
+def test_format_3_counted_held_out_text_in_microbatches(microbatches, num_microbatches, batches):
+    counted = {"evaluation_batches": microbatches, "num_microbatches": num_microbatches}
+    written = json.loads(json.dumps(write_config(ExperimentConfig())))
+    written |= {"format": 3, "training": written["training"] | counted}
+    training = read_config(written, ExperimentConfig).training
+    assert (training.evaluation_batches, training.num_microbatches) == (batches, num_microbatches)
 
 
 def test_parameters_have_the_names_and_shapes_that_they_had():

@@ -1,13 +1,15 @@
 """Converts written configs with earlier layouts."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.config.check import require
 
 # Of a written config. Format 1 had no parts. Format 2 had other settings of attention: `rotary` on
-# or off, `rope_base`, `qkv_bias`, `output_bias`, `qk_norm` on or off, `norm_epsilon`.
-FORMAT = 3
+# or off, `rope_base`, `qkv_bias`, `output_bias`, `qk_norm` on or off, `norm_epsilon`. Format 3
+# counted `training.evaluation_batches` in microbatches.
+FORMAT = 4
 OLDEST = 2
 
 
@@ -20,7 +22,8 @@ def upgrade(written: Mapping[str, Any]) -> Mapping[str, Any]:
     check_format(written)
     if written["format"] == FORMAT:
         return written
-    return {**upgrade_sections(written), "format": FORMAT}
+    training = training_of_format_3(written.get("training", {}))
+    return {**upgrade_sections(written), "training": training, "format": FORMAT}
 
 
 def check_format(written: Mapping[str, Any], where: str = "this one") -> None:
@@ -36,6 +39,13 @@ def check_format(written: Mapping[str, Any], where: str = "this one") -> None:
         f"{where} is of format {version}",
         "Use the release that wrote it, or start the run anew",
     )
+
+
+def training_of_format_3(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of training in format 4: `evaluation_batches` in whole batches, rounded up."""
+    microbatches = section.get("evaluation_batches", 0)
+    batches = math.ceil(microbatches / section.get("num_microbatches", 1))
+    return {**section, "evaluation_batches": batches}
 
 
 def upgrade_sections(value: Any) -> Any:
