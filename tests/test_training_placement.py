@@ -15,8 +15,10 @@ from moe_jax.parallel.rules import named_sharding
 from moe_jax.parameters import Weight
 from moe_jax.training.placement import (
     axes_of_moment,
+    compile_train_step,
     compiler_options,
     new_state,
+    of_any_seed,
     state_shardings,
 )
 from moe_jax.training.state import init_state
@@ -260,6 +262,27 @@ def test_a_parameter_that_is_not_split_evenly_is_named(mesh, message):
     """Whatever the config's checks have let through."""
     with pytest.raises(ValueError, match=message):
         state_shardings(everything(), make_mesh(mesh))
+
+
+def test_runs_that_differ_only_in_seeds_share_their_programs():
+    config = tiny_config()
+    data = dataclasses.replace(config.data, seed=5)
+    other = dataclasses.replace(config, name="other", seed=4, data=data)
+    assert of_any_seed(other) == of_any_seed(config)
+    mesh = make_mesh(config.mesh)
+    step = compile_train_step(config, mesh)
+    assert compile_train_step(other, mesh) is step
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=0.5)
+    changed = dataclasses.replace(config, optimizer=optimizer)
+    assert compile_train_step(changed, mesh) is not step
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_a_new_state_has_the_seed_of_its_run(seed):
+    config = dataclasses.replace(tiny_config(), seed=seed)
+    expected = jax.jit(init_state, static_argnums=0)(config)
+    state = new_state(config, make_mesh(config.mesh))
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,8 @@ class Trial:
     @functools.cached_property
     def drawn(self) -> Any:
         """Initial values from one key."""
-        return jax.device_get(jax.jit(self.draw)(jax.random.key(0)))
+        # Without jit: parts of a process share the programs that draw a shape.
+        return jax.device_get(self.draw(jax.random.key(0)))
 
     @functools.cached_property
     def params(self) -> Any:

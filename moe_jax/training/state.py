@@ -36,10 +36,15 @@ class TrainState(NamedTuple):
     key_data: jax.Array
 
 
-def init_state(config: ExperimentConfig) -> TrainState:
-    """The initial state; a function of only the config, jit-compatible."""
+def init_state(config: ExperimentConfig, seed: jax.typing.ArrayLike | None = None) -> TrainState:
+    """The initial state; a function of only the config, jit-compatible.
+
+    Args:
+      config: the run's config.
+      seed: replaces `config.seed`; it may be traced, so that one program serves all seeds.
+    """
     model = config.model
-    param_key, run_key = jax.random.split(jax.random.key(config.seed))
+    param_key, run_key = jax.random.split(jax.random.key(config.seed if seed is None else seed))
     params = init_parameters(param_key, model.specs())
     return TrainState(
         step=jnp.zeros((), jnp.int32),
