@@ -3,6 +3,7 @@
 import itertools
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,7 +20,7 @@ from moe_jax.training.metrics import SECONDS_PER_STEP, elapsed
 
 HELDOUT, TRAIN = "heldout/dropless/bits_per_byte", "train/loss"
 MAX_NAMES = 24  # in the legend
-Style = dict[str, str]
+Style = dict[str, Any]
 # Every colour is used with solid lines and dots first, then with the next dashes and marks.
 STYLES: tuple[Style, ...] = tuple(
     {"color": color, "linestyle": line, "marker": mark}
