@@ -16,7 +16,7 @@ CLAIMS = (
     "At equal active parameters an MoE has the quality of a larger dense model.",
     "Without balancing, routing collapses onto a few experts.",
     "Load can be balanced without a loss of quality.",
-    "A bias balances the load more than a loss.",
+    "A bias balances the load more than a load-balance loss of 0.01.",
     "Finer experts are better at the same cost and parameters.",
     "Shared experts carry general knowledge.",
     "Experts specialise by domain or token.",
