@@ -3,7 +3,6 @@
 Hypothesis tries the same examples in every run, and a busy machine fails none of them.
 """
 
-import gc
 import os
 import pathlib
 
@@ -28,24 +27,11 @@ jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-# Fewer frames of every operation in a program: an eighth of the time of tracing.
-jax.config.update("jax_traceback_in_locations_limit", 0)
-
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
 
 # Some libraries read absl flags, which fails until an absl app has parsed them.
 flags.FLAGS.mark_as_parsed()
-
-
-def pytest_collection_finish():
-    """Collects garbage after modules only: a third of the time of tracing went to the collector.
-
-    It went through the objects of all libraries again and again, which stay anyway.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.disable()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,4 +45,3 @@ def free_programs(request):
         if hasattr(value, "cache_clear"):
             value.cache_clear()
     jax.clear_caches()
-    gc.collect()
