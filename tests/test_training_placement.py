@@ -19,6 +19,7 @@ from moe_jax.training.placement import (
     compiler_options,
     new_state,
     of_any_seed,
+    quick_to_compile,
     state_shardings,
 )
 from moe_jax.training.state import init_state
@@ -283,6 +284,24 @@ def test_a_new_state_has_the_seed_of_its_run(seed):
     expected = jax.jit(init_state, static_argnums=0)(config)
     state = new_state(config, make_mesh(config.mesh))
     jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+def test_a_program_that_runs_once_compiles_quickly_unless_xla_flags_choose(monkeypatch):
+    mesh = make_mesh(MeshConfig(data=1))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/nowhere")
+    assert quick_to_compile(mesh) == {"xla_backend_optimization_level": "1"}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=2")
+    assert quick_to_compile(mesh) is None
+
+
+@pytest.mark.slow
+def test_initial_values_are_those_of_full_optimization():
+    program = jax.jit(functools.partial(init_state, tiny_config())).lower(np.uint32(3))
+    quick, full = (
+        program.compile({"xla_backend_optimization_level": level})(np.uint32(3))
+        for level in ("1", "3")
+    )
+    jax.tree.map(np.testing.assert_array_equal, quick, full)
 
 
 @pytest.fixture(scope="module")
