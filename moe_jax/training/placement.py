@@ -153,7 +153,7 @@ def _compile_init(config: ExperimentConfig, mesh: Mesh) -> Callable[[np.uint32],
 
 
 def quick_to_compile(mesh: Mesh) -> dict[str, str] | None:
-    """Compiler options of a program that runs once: on a CPU, to compile in half the time."""
+    """Compiler options of a program that runs once: on a CPU, to optimize less."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     level = "xla_backend_optimization_level"
     chosen = f"--{level}=" in os.environ.get("XLA_FLAGS", "")
