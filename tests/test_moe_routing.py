@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing import Choices, Options, RouterInputs, top_k
+from moe_jax.moe.routing.assignment import Sinkhorn
 from moe_jax.moe.routing.cosine import Cosine
+from moe_jax.moe.routing.expert_choice import ExpertChoice
 from moe_jax.moe.routing.logits import Linear, Sigmoid, Softmax, SoftmaxOverSelected
 from moe_jax.moe.routing.noise import Gaussian, Jitter, Learned
 from moe_jax.moe.routing.selection import (
@@ -23,6 +26,7 @@ from moe_jax.moe.routing.selection import (
     SampledRest,
     Threshold,
 )
+from moe_jax.moe.routing.soft import Soft
 from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.part import Call, Dims
 from tests import moe_oracle
@@ -516,6 +520,56 @@ def block(moe, seed=0, tokens=6, dim=4):
     return params, random.normal(size=(1, tokens, dim)).astype(np.float32)
 
 
+def test_tokens_in_bfloat16_get_noise_in_float32():
+    """In bfloat16 each factor between 0.999 and 1.001 would round to 0.996, 1 or 1.008."""
+    x = jnp.full((1, 200, 4), 2.0, jnp.bfloat16)
+    params = {"weight": jnp.eye(4)}
+    router = TokenChoice(noise=(Jitter(epsilon=1e-3),))
+    logits = route(x, params, 1, router, rng=jax.random.key(0)).logits_GSE
+    assert logits.dtype == jnp.float32
+    factors = np.unique(logits / 2)
+    assert len(factors) > 300 and factors.min() >= 0.999 and factors.max() <= 1.001
+
+
+def products(jaxpr):
+    """The parameters of every matrix product, including those of inner programs."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.params
+        for inner in jaxprs_in_params(equation.params):
+            yield from products(inner)
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        TokenChoice(),
+        TokenChoice(projection=Cosine(dim=3)),
+        TokenChoice(noise=(Learned(),)),
+        ExpertChoice(predictor_loss_weight=0.1),
+        Sinkhorn(),
+        Soft(),
+    ],
+    ids=["linear", "cosine", "learned noise", "predictor", "Sinkhorn", "soft"],
+)
+def test_a_router_multiplies_float32_at_the_highest_precision(router):
+    """By default a TPU multiplies float32 in bfloat16, which no number on a CPU shows."""
+    moe = MoE(num_experts=4, num_selected_experts=1, group_size=6, router=router)
+    params, x = block(moe)
+    options = moe.options(x.shape[1], training=True)
+    valid = jnp.ones(x.shape[:2], jnp.bool_)
+    inputs = RouterInputs(options, valid, jnp.zeros(x.shape[:2], jnp.int32), rng=jax.random.key(0))
+
+    def learned_from(params, x):
+        routing = router.route(params, x, inputs)
+        return sum(jnp.sum(a) for a in jax.tree.leaves(routing) if a.dtype == jnp.float32)
+
+    program = jax.make_jaxpr(jax.grad(learned_from, (0, 1)))(params["router"], jnp.asarray(x))
+    highest = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+    found = [product["precision"] for product in products(program.jaxpr)]
+    assert len(found) >= 3 and set(found) == {highest}  # forward, and backward to each operand
+
+
 def test_jitter_reaches_the_router_and_never_the_experts():
     # All experts are chosen and identical, and gates sum to 1, so the output does not depend on the
     # routing. It would move only if the experts saw jittered tokens.
@@ -594,10 +648,26 @@ def test_router_learns_from_the_task_alone_or_is_refused(score, choices, renorma
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_one_renormalized_choice_is_refused(score):
-    router = TokenChoice(score=score, renormalize=True)
+@pytest.mark.parametrize("norm", [{"renormalize": True}, {"norm_order": 1.0}, {"norm_order": 2.0}])
+def test_one_renormalized_choice_is_refused(score, norm):
+    router = TokenChoice(score=score, **norm)
     with pytest.raises(ValueError, match="is always 1, and the router gets no gradient"):
         MoE(num_selected_experts=1, router=router)
+
+
+@pytest.mark.parametrize(
+    "norm", [{"renormalize": True}, {"norm_order": 2.0}, {"score": SoftmaxOverSelected()}]
+)
+def test_a_top_p_that_the_first_choice_always_reaches_is_refused_with_renormalized_gates(norm):
+    """The first of E probabilities is at least 1 / E."""
+    options = {"num_experts": 8, "num_selected_experts": 2}
+    with pytest.raises(ValueError, match=r"top_p=0\.125, .* 8\. Set top_p above 0\.125, or"):
+        MoE(**options, router=TokenChoice(top_p=0.125, **norm))
+    MoE(**options, router=TokenChoice(top_p=0.126, **norm))
+    MoE(**options, router=TokenChoice(top_p=0.125))  # the gate is the probability
+    allowed = TokenChoice(top_p=0.25, allow_constant_gate=True, **norm)
+    MoE(num_experts=4, num_selected_experts=2, router=allowed)
+    close(gates(route_logits(LOGITS, 2, allowed)), [[1, 0], [1, 0]])
 
 
 def test_one_renormalized_choice_has_a_gate_of_1_where_that_is_allowed():

@@ -84,6 +84,16 @@ class TokenChoice(LogitRouter):
         """See `Router`."""
         renormalizes = self.renormalize or self.norm_order is not None
         check_gate(self.score, renormalizes, moe, allowed=self.allow_constant_gate)
+        require(
+            self.allow_constant_gate
+            or moe.num_options == 1
+            or self.top_p * moe.num_options > 1
+            or not (renormalizes or self.score.over_selected),
+            "with top_p of at most 1 / num_experts every token keeps one expert, whose "
+            "renormalised gate is always 1, and the router gets no gradient from the task",
+            f"router.top_p={self.top_p}, experts to choose from: {moe.num_options}",
+            f"Set top_p above {1 / moe.num_options:.3g}, or set allow_constant_gate=True",
+        )
         if self.groups is not None:
             self.groups.check_block(moe)
         require(
