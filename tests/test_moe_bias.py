@@ -38,6 +38,26 @@ def update(counts, rate=0.001, bias=None, how=SIGN):
     return how.update(bias, counts, {}, rate, 1)
 
 
+def test_a_block_counts_its_choices_exactly_whatever_the_dtype_of_its_router():
+    """All 301 tokens choose one expert; bfloat16 has no 301."""
+    router = TokenChoice(dtype="bfloat16")
+    moe = MoE(num_experts=4, num_selected_experts=1, expert_dim=8, router=router, bias=SIGN)
+    params = jax.tree.map(lambda spec: jnp.zeros(spec.shape), moe.specs(Dims(8)))
+    state = jax.tree.map(lambda spec: jnp.zeros(spec.shape), moe.state_specs(Dims(8)))
+    call = Call(capacity=0.0, record=False)
+    _, aux = moe_block(params, jnp.ones((1, 301, 8)), moe, call, own=Own(state=state))
+    loss = aux.sums["losses"]["load_balance_loss"]
+    counts = {
+        "assigned": aux.sums["assigned_KE"],
+        "kept": aux.sums["kept_KE"],
+        "of sequences": aux.sequences["assigned_BE"],
+        "of the loss": jnp.atleast_2d(loss["counted_KE"]),
+    }
+    for name, of_experts in counts.items():
+        assert of_experts.dtype == jnp.int32, name
+        np.testing.assert_array_equal(of_experts, [[301, 0, 0, 0]], err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("counts", "signs"),
     [

@@ -185,6 +185,27 @@ def test_the_block_is_that_of_one_device(way, mesh, num_chunks, case_index):
     assert_same(got_said, said)
 
 
+@pytest.mark.parametrize(
+    ("way", "buffer_factor"),
+    slow_but([("ragged", 0.0)], [("ragged", 0.0), ("ragged, dense", 0.0), ("ragged", 1.0)]),
+)
+def test_what_no_row_fills_is_never_read(way, buffer_factor, monkeypatch):
+    """The exchange writes into zeros. NaN in their place changes nothing."""
+    moe = dataclasses.replace(make_block(CASES[0], WAYS[way]), buffer_factor=buffer_factor)
+    mesh = make_mesh(MESHES["data 2, expert 4"])
+    expected = run_block(moe, mesh)
+    exchange, filled = parallel.ragged_all_to_all, []
+
+    def into_nan(operand, output, *runs, axis_name):
+        filled.append(output.shape)
+        return exchange(operand, jnp.full_like(output, jnp.nan), *runs, axis_name=axis_name)
+
+    monkeypatch.setattr(parallel, "ragged_all_to_all", into_nan)
+    got = run_block(moe, mesh)
+    assert len(filled) >= 2, "there and back"
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
 @pytest.mark.parametrize("remat", [False, True])
 def test_matrices_come_to_their_slots_in_either_pass(remat):
     """They are gathered over fsdp in each pass, so none is kept for the backward pass.

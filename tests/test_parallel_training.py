@@ -120,7 +120,20 @@ def on_mesh(where, num_steps, parts=1):
     state = placed_state(config, mesh)
     for batch in batches(parts, num_steps):
         state, metrics = step(state, from_whole(batch, mesh, BATCH_AXES))
+    assert_copies_agree((state, metrics))
     return jax.tree.map(np.asarray, (state, metrics))
+
+
+def assert_copies_agree(tree):
+    """Asserts that devices with the same part of an array hold the same bits.
+
+    NumPy reads one of them, so it does not show a copy that lacks a sum over devices.
+    """
+    for path, array in jax.tree.leaves_with_path(tree):
+        first = {}
+        for shard in array.addressable_shards:
+            copy = first.setdefault(str(shard.index), shard.data)
+            np.testing.assert_array_equal(shard.data, copy, err_msg=jax.tree_util.keystr(path))
 
 
 def assert_same(got, expected, tolerance):

@@ -94,29 +94,53 @@ def test_loss_and_gradient_do_not_depend_on_the_number_of_parts(scope, conventio
     assert_close(parts, whole, **FLOAT32)
 
 
-def mean_loss(aux, name, num_tokens):
-    """The mean of a loss over the layers, from the aux of this many tokens."""
-    return np.mean(aux["moe"].sums["losses"][name]["total"]) / num_tokens
+def balance_loss(outcome, num_tokens):
+    """The loss of `all_balance` in an outcome of `gradient_in_parts`, without its weight."""
+    loss, cross_entropy, _, aux = outcome
+    router_z = np.mean(aux["moe"].sums["losses"]["router_z_loss"]["total"]) / num_tokens
+    return (loss - cross_entropy - 0.1 * router_z) / 0.3
+
+
+def test_the_loss_of_a_predictor_does_not_depend_on_the_number_of_parts():
+    """It is a mean over the tokens of the batch, of which the halves have 29 and 5."""
+    predicted = {"kind": "expert_choice", "predictor_loss_weight": 0.5}
+    config, state = make({"router": predicted, "losses": {}}, {"stack": {"allow_lookahead": True}})
+    batch = tiny_batch()
+    whole = gradient_in_parts(state, batch, config.model, 1)
+    assert whole[0] - whole[1] > 0.05
+    assert_close(gradient_in_parts(state, batch, config.model, 2), whole, **FLOAT32)
+
+
+def test_the_z_loss_of_the_head_does_not_depend_on_the_number_of_parts():
+    outcomes = []
+    for num_microbatches in (1, 2):
+        config, state = make(
+            training={
+                "loss": {"kind": "cross_entropy_z", "z_loss": 0.1},
+                "num_microbatches": num_microbatches,
+            },
+            optimizer={"epsilon": 1.0},  # or Adam's first step is a sign
+        )
+        new, says = step_once(config, state, tiny_batch())
+        outcomes.append((new.params, says))
+    assert outcomes[0][1].of_loss["z_loss"] > 0.1
+    assert_close(outcomes[1], outcomes[0], **FLOAT32)
 
 
 @pytest.mark.slow
-def test_scope_microbatch_is_the_mean_over_the_parts_by_their_tokens():
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_scope_microbatch_is_the_mean_over_the_parts_by_their_tokens(convention):
     """Here the number of parts is part of the definition: loads are those of one part."""
-    config, state = make(all_balance(scope="microbatch"))
+    config, state = make(all_balance(convention, scope="microbatch"))
     model, batch = config.model, tiny_batch()
     alone = [
-        gradient_in_parts(state, {n: x[rows] for n, x in batch.items()}, model, 1)[3]
+        gradient_in_parts(state, {n: x[rows] for n, x in batch.items()}, model, 1)
         for rows in (slice(0, 2), slice(2, 4))
     ]
     together = gradient_in_parts(state, batch, model, 2)
-    z = mean_loss(together[3], "router_z_loss", NUM_VALID)
-    balance = (together[0] - together[1] - 0.1 * z) / 0.3
-    weights = np.array([29, 5]) / NUM_VALID
-    expected = sum(
-        w * mean_loss(a, "load_balance_loss", w * NUM_VALID)
-        for w, a in zip(weights, alone, strict=True)
-    )
-    np.testing.assert_allclose(balance, expected, rtol=1e-4)
+    of_parts = [balance_loss(*part) for part in zip(alone, (29, 5), strict=True)]
+    expected = np.average(of_parts, weights=[29, 5])
+    np.testing.assert_allclose(balance_loss(together, NUM_VALID), expected, rtol=1e-4)
     whole = gradient_in_parts(state, batch, model, 1)
     assert abs(whole[0] - together[0]) > 1e-3
 
