@@ -192,12 +192,13 @@ def test_a_lost_choice_is_a_dropped_one():
 
 # Rows without room.
 
-AXES = {"wi": ("expert", "model", "hidden")}
+AXES = {"wi": ("expert", "model", "hidden"), "wo": ("expert", "hidden", "model")}
 WEIGHTS = np.random.default_rng(1).normal(size=(NUM_EXPERTS, MODEL_DIM, MODEL_DIM))
+IDENTITY = np.broadcast_to(np.eye(MODEL_DIM, dtype=np.float32), WEIGHTS.shape)
 
 
 @functools.cache
-def run_all_on_two_experts(num_chunks, kernel):
+def run_all_on_two_experts(num_chunks, kernel, mesh=TWO_COPIES):
     """All tokens choose experts 0 and 1, on one device in each copy of the model; factor 1.
 
     Returns:
@@ -213,13 +214,15 @@ def run_all_on_two_experts(num_chunks, kernel):
         kept = jnp.ones(shape, bool)
         assignment = Assignment(index, gate, index, kept, LENGTH, NUM_EXPERTS)
         out = run_parallel(
-            x, assignment, {"wi": WEIGHTS.astype(np.float32)}, AXES,
-            lambda rows, weights, layout: layout.matmul(rows, weights["wi"]),
+            x, assignment, {"wi": WEIGHTS.astype(np.float32), "wo": IDENTITY}, AXES,
+            lambda rows, weights, layout: (
+                layout.matmul(layout.matmul(rows, weights["wi"]), weights["wo"])
+            ),
             Plan("ragged", "explicit", num_chunks, buffer_factor=1.0, kernel=kernel),
         )  # fmt: skip
         return jnp.sum(out.y), out
 
-    with jax.set_mesh(make_mesh(TWO_COPIES)):
+    with jax.set_mesh(make_mesh(mesh)):
         grads, out = jax.jit(jax.grad(output, (0, 1), has_aux=True))(x, gate)
     return jax.tree.map(np.asarray, (x, gate, out, grads))
 
@@ -250,6 +253,20 @@ def test_what_has_no_room_gives_nothing_and_learns_nothing(num_chunks, kernel):
     d_tokens = np.einsum("GSK,KMO->GSM", gate, WEIGHTS[:2]) * has_room[:, None]
     np.testing.assert_allclose(dx, d_tokens, atol=1e-5)
     np.testing.assert_array_equal(dx[:, ~has_room], 0)
+
+
+def test_devices_that_split_the_hidden_dim_count_a_lost_choice_once():
+    """Two devices send 24 tokens twice each to one: 96 rows, twice the mean of 48.
+
+    Every sender keeps 12 rows per expert: the first of its two sequences.
+    """
+    mesh = MeshConfig(data=2, expert=2, tensor=2)
+    x, gate, out, _ = run_all_on_two_experts(1, "loop", mesh)
+    has_room = np.arange(BATCH) % 2 == 0
+    np.testing.assert_array_equal(out.kept, np.broadcast_to(has_room[:, None, None], gate.shape))
+    assert (out.buffer.rows, out.buffer.factor, out.buffer.overflow) == (96, 2, np.sum(~out.kept))
+    expected = np.einsum("GSM,KMO,GSK->GSO", x, WEIGHTS[:2], gate) * has_room[:, None, None]
+    np.testing.assert_allclose(out.y, expected, atol=1e-5)
 
 
 # What is declared, and what is refused.
