@@ -71,9 +71,16 @@ def test_attention_inside_other_parts_is_upgraded_too():
     assert config.model.part["attention"].rotary == Rotary(base=7.0)
 
 
+def test_a_part_of_format_3_keeps_a_field_that_attention_had_in_format_2():
+    written = json.loads(json.dumps(write_config(ExperimentConfig())))
+    written["model"]["parts"]["mixer"] = mixer = {"kind": "a.file:Mixer", "rope_base": 7.0}
+    assert upgrade(written | {"format": 3})["model"]["parts"]["mixer"] == mixer
+    assert upgrade(written | {"format": 2})["model"]["parts"]["mixer"] != mixer
+
+
 def test_a_config_of_today_is_left_as_it_is():
     written = write_config(ExperimentConfig())
-    assert written["format"] == FORMAT and upgrade(written) is written
+    assert written["format"] == FORMAT and upgrade(written) == written
     with pytest.raises(ValueError, match="formats 2 to 4 can be read: this one is of format 5"):
         upgrade(written | {"format": 5})
 

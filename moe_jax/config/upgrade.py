@@ -20,10 +20,12 @@ def upgrade(written: Mapping[str, Any]) -> Mapping[str, Any]:
       ValueError: it has a layout that cannot be read.
     """
     check_format(written)
-    if written["format"] == FORMAT:
-        return written
-    training = training_of_format_3(written.get("training", {}))
-    return {**upgrade_sections(written), "training": training, "format": FORMAT}
+    version = written["format"]
+    if version < 3:
+        written = upgrade_sections(written)
+    if version < 4:
+        written = {**written, "training": training_of_format_3(written.get("training", {}))}
+    return {**written, "format": FORMAT}
 
 
 def check_format(written: Mapping[str, Any], where: str = "this one") -> None:
