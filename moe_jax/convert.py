@@ -22,9 +22,9 @@ from moe_jax.config.check import require
 if TYPE_CHECKING:
     from moe_jax.config import ExperimentConfig
 
-WAYS = ("from_hf", "from_gguf", "to_hf", "to_gguf", "to_peft")
-# Flags that only some of these modes read.
-OF_WAYS = {
+MODES = ("from_hf", "from_gguf", "to_hf", "to_gguf", "to_peft")
+# The modes that read each of these flags.
+MODES_OF_FLAG = {
     "mesh": ("from_hf", "from_gguf", "to_hf", "to_gguf"),
     "compute_dtype": ("from_hf", "from_gguf"),
     "family": ("from_hf", "to_hf", "to_gguf", "to_peft"),
@@ -32,6 +32,7 @@ OF_WAYS = {
     "format": ("to_gguf",),
     "base": ("to_peft",),
     "step": ("to_hf", "to_gguf", "to_peft"),
+    "trust": ("to_hf", "to_gguf", "to_peft"),
 }
 LENGTH = "max_position_embeddings"  # the context length in a config.json
 
@@ -39,14 +40,14 @@ LENGTH = "max_position_embeddings"  # the context length in a config.json
 def main() -> None:
     """Runs the import or export that one of the five flags names."""
     values = flags.FLAGS
-    given = [name for name in WAYS if values[name].value is not None]
+    given = [name for name in MODES if values[name].value is not None]
     if len(given) != 1:
         raise ValueError(
             "one of --from-hf, --from-gguf, --to-hf, --to-gguf and --to-peft must be given: "
             f"{[f'--{name}' for name in given] or 'none is'}. See --help."
         )
-    named = [name for name in OF_WAYS if values[name].present]
-    unused = [f"--{name}" for name in named if given[0] not in OF_WAYS[name]]
+    named = [name for name in MODES_OF_FLAG if values[name].present]
+    unused = [f"--{name}" for name in named if given[0] not in MODES_OF_FLAG[name]]
     require(
         not unused,
         f"--{given[0].replace('_', '-')} does not accept flags of another mode",
@@ -65,7 +66,7 @@ def main() -> None:
         print_losses(workdir)
 
 
-def bring_in(source: pathlib.Path, workdir: pathlib.Path, way: str) -> None:
+def bring_in(source: pathlib.Path, workdir: pathlib.Path, mode: str) -> None:
     """Creates a run directory from a model, completely or not at all."""
     import jax
 
@@ -81,8 +82,8 @@ def bring_in(source: pathlib.Path, workdir: pathlib.Path, way: str) -> None:
     given = command_line.mesh_of_flag()
     mesh = make_mesh(given.fill(jax.device_count())) if given else None
     with whole_or_absent(workdir) as partial:
-        fields, content = bring_tokenizer(source, partial, way)
-        if way == "from_hf":
+        fields, content = bring_tokenizer(source, partial, mode)
+        if mode == "from_hf":
             family = flags.FLAGS.family
             config, params = from_hf(source, dtype="float32", mesh=mesh, family=family)
         else:
@@ -92,7 +93,7 @@ def bring_in(source: pathlib.Path, workdir: pathlib.Path, way: str) -> None:
             fields["tokenizer"] = str(workdir.absolute() / fields["tokenizer"])
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, **fields))
         state = params.pop(STATE, {})
-        save_imported(partial, config, params, state, content, origin_of(source, config, way))
+        save_imported(partial, config, params, state, content, origin_of(source, config, mode))
     print(f"{config.name} of {source} is the run {workdir}")
 
 
@@ -117,14 +118,14 @@ def print_losses(workdir: pathlib.Path) -> None:
         print(f"training adds these losses of routers; a weight of 0 is off: {' '.join(settings)}")
 
 
-def origin_of(source: pathlib.Path, config: "ExperimentConfig", way: str) -> dict[str, Any]:
+def origin_of(source: pathlib.Path, config: "ExperimentConfig", mode: str) -> dict[str, Any]:
     """What an export needs from the import: family, source, settings of the file, and dtypes."""
     from moe_jax.interchange.family import Reader, named_family
     from moe_jax.interchange.gguf_files import GGUFFile, hf_settings
     from moe_jax.interchange.read import read_settings
     from moe_jax.interchange.tensor_files import FLOATS, TensorFiles
 
-    if way != "from_hf":
+    if mode != "from_hf":
         kept = {LENGTH: hf_settings(GGUFFile(source))[LENGTH]}
         return {"family": config.name, "source": str(source), "settings": kept}
     settings = read_settings(source)
@@ -138,7 +139,7 @@ def origin_of(source: pathlib.Path, config: "ExperimentConfig", way: str) -> dic
 
 
 def bring_tokenizer(
-    source: pathlib.Path, workdir: pathlib.Path, way: str
+    source: pathlib.Path, workdir: pathlib.Path, mode: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Copies the model's tokenizer.
 
@@ -163,7 +164,7 @@ def bring_tokenizer(
     beside = source if source.is_dir() else source.parent
     names, warn = copy_tokenizer(beside, folder), logging.getLogger(__name__).warning
     found = [one for one in ("tokenizer.json", "tokenizer.model") if one in names]
-    if not found and way == "from_gguf":
+    if not found and mode == "from_gguf":
         try:
             file = GGUFFile(source)
             text = tokenizer_json(file)

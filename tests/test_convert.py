@@ -70,19 +70,20 @@ def test_a_model_is_read_to_a_mesh_and_written_from_it(model, run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("way", "flag"),
+    ("mode", "flag"),
     [
         ("from-hf", "dtype=float16"),
         ("from-gguf", "family=llama"),
+        ("from-hf", "trust"),
         ("to-hf", "compute_dtype=bfloat16"),
         ("to-peft", "mesh=fsdp=2"),
         ("to-peft", "format=Q8_0"),
     ],
 )
-def test_a_flag_of_another_way_is_refused(tmp_path, capsys, way, flag):
+def test_a_flag_of_another_mode_is_refused(tmp_path, capsys, mode, flag):
     with pytest.raises(SystemExit):
-        main(["convert", f"--{way}={tmp_path / 'a'}", f"--workdir={tmp_path / 'b'}", f"--{flag}"])
-    assert f"--{way} does not accept flags of another mode: --{flag.partition('=')[0]}. Leave" in (
+        main(["convert", f"--{mode}={tmp_path / 'a'}", f"--workdir={tmp_path / 'b'}", f"--{flag}"])
+    assert f"--{mode} does not accept flags of another mode: --{flag.partition('=')[0]}. Leave" in (
         capsys.readouterr().err
     )
 
