@@ -355,8 +355,8 @@ def test_a_run_that_begins_anew_does_not_show_the_results_of_the_one_before(copy
         train(CONFIG, copy)
     entry = read_entry(copy, "run")
     assert entry.score.step == entry.step == 0
-    assert (copy / "damaged-evaluation.json").is_file()
-    assert (copy / "damaged-report" / "report.md").is_file() and not (copy / "report").exists()
+    assert (copy / "earlier-evaluation.json").is_file()
+    assert (copy / "earlier-report" / "report.md").is_file() and not (copy / "report").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

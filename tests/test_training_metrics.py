@@ -164,7 +164,7 @@ def test_a_run_that_begins_anew_sets_the_metrics_of_the_one_before_aside(tmp_pat
     with MetricWriter(tmp_path) as writer:
         writer.write(10, {"train/loss": 2.0})
     assert "has 2 rows of later steps, but there is no checkpoint: 1 rows are kept" in caplog.text
-    assert (tmp_path / "damaged-metrics.jsonl").read_bytes() == before
+    assert (tmp_path / "earlier-metrics.jsonl").read_bytes() == before
     assert steps(tmp_path) == [0, 10]
 
 

@@ -47,13 +47,15 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def set_aside(path: pathlib.Path, *, copy: bool = False) -> str:
-    """Renames a damaged file, or copies it if its undamaged part stays in use.
+def set_aside(path: pathlib.Path, *, prefix: str = "damaged", copy: bool = False) -> str:
+    """Renames a file or folder that is damaged or, with the prefix "earlier", of an earlier run.
+
+    With `copy` it also stays in place, since its undamaged part stays in use.
 
     Returns:
-      The new name, `damaged-NAME` or `damaged-NAME-2`, ...
+      The new name, `PREFIX-NAME` or `PREFIX-NAME-2`, ...
     """
-    names = (f"damaged-{path.name}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+    names = (f"{prefix}-{path.name}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
     name = next(name for name in names if not path.with_name(name).exists())
     if copy:
         shutil.copyfile(path, path.with_name(name))

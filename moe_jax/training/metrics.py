@@ -100,6 +100,7 @@ def recover_rows(
     steps = [step_of(line) for line in lines]
     rows = [(line, step) for line, step in zip(lines, steps, strict=True) if step is not None]
     kept = [line for line, step in rows if step <= start_step]
+    prefix = "damaged"
     if not path.exists():
         problem = "is missing" if start_step else ""
     elif None in steps:
@@ -110,12 +111,13 @@ def recover_rows(
         problem = "has no rows"
     elif not start_step and len(kept) < len(rows):
         problem = f"has {len(rows) - len(kept)} rows of later steps, but there is no checkpoint"
+        prefix = "earlier"
     else:
         problem = ""
     if problem:
         lost = f" of {saved['rows']}" if saved else ""
         # A copy: a kill before the kept rows are written leaves them in the file.
-        name = set_aside(path, copy=True) if path.exists() else ""
+        name = set_aside(path, prefix=prefix, copy=True) if path.exists() else ""
         aside = f" The file is set aside as {name}." if name else ""
         logger.warning("%s %s: %d rows%s are kept.%s", path, problem, len(kept), lost, aside)
     return kept
@@ -130,8 +132,8 @@ def set_results_aside(directory: pathlib.Path) -> None:
         return
     for name in (EVALUATION_FILE, SAMPLE_FILE, REPORT):
         if (path := directory / name).exists():
-            logger.warning("%s is of a run without checkpoints and is set aside.", path)
-            set_aside(path)
+            name = set_aside(path, prefix="earlier")
+            logger.warning("%s is of a run without checkpoints: it is now %s.", path, name)
 
 
 def step_of(line: bytes) -> int | None:
