@@ -248,7 +248,8 @@ class Part(Settings):
     """A part of a layer: attention, a feed-forward network, an MoE block; or a whole layer."""
 
     family: ClassVar[str] = "part"
-    routes: ClassVar[bool] = False  # is an `MoE`: routes tokens, and reports choices in `Aux`
+    # Routes tokens, and reports choices in `Aux`; has the settings and methods of `MoE`.
+    routes: ClassVar[bool] = False
     adds_to_residual: ClassVar[bool] = True  # else it can only be a shared part of a stack
     reads_prefix: ClassVar[bool] = False  # all tokens see those of `Call.in_prefix_BL`
     reads_memory: ClassVar[bool] = False  # needs the encoder's output: `Call.memory`

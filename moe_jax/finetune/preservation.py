@@ -40,7 +40,7 @@ def heldout_text(
     Raises:
       ValueError: the data cannot be opened, or is of another content.
     """
-    in_groups = any(getattr(part, "group_size", 0) for part in config.model.part.values())
+    in_groups = any(moe.group_size for moe in config.model.moe_parts.values())
     length = config.data.sequence_length
     length = length if in_groups else min(length, LENGTH)
     config = dataclasses.replace(

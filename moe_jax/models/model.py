@@ -177,7 +177,7 @@ class LanguageModel(Settings):
 
     @property
     def moe_parts(self) -> dict[str, Any]:
-        """The parts of the stacks that route tokens to experts: `MoE`, or with its settings."""
+        """The parts of the stacks that route tokens to experts: those with `routes`."""
         used = self.layers_of  # leaves out parts that only the multi-token modules use
         return {name: part for name, part in self.part.items() if part.routes and name in used}
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -68,9 +68,10 @@ def inference_rows(
     shards = {name: num_shards(name, mesh) for name in RULES}
     lengths, training = config.lengths, config.training
     groups = [
-        getattr(part, "group_size", 0) // lengths.of(name)
+        moe.group_size // lengths.of(name)
         for name, stack in config.model.stacks.items()
-        for part in stack.parts().values()
+        for part, moe in config.model.moe_parts.items()
+        if part in stack.parts()
     ]
     multiple = shards["batch"] * math.lcm(*(max(sequences, 1) for sequences in groups))
     wanted = at_least or training.batch_size // training.num_microbatches
@@ -197,9 +198,8 @@ def compiler_options(config: ExperimentConfig, mesh: Mesh) -> dict[str, str] | N
 
     By default, libtpu compiles a synchronous all-to-all, with which chunks overlap nothing.
     """
-    in_chunks = any(
-        getattr(one, "exchange_chunks", 1) > 1 for one in config.model.all_parts.values()
-    )
+    parts: Iterable[Any] = config.model.all_parts.values()
+    in_chunks = any(part.routes and part.exchange_chunks > 1 for part in parts)
     if in_chunks and mesh.devices.flat[0].platform == "tpu":
         return {"xla_tpu_enable_async_all_to_all": "true"}
     return None

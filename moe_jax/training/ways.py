@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from moe_jax.models.capacity import without_capacity
 from moe_jax.models.model import LanguageModel
-from moe_jax.moe.part import MoE
 
 SEES, SAW = "sees later tokens", "saw later tokens in training"
 NOTES = {
@@ -56,7 +55,7 @@ def ways_of(model: LanguageModel) -> dict[str, Way]:
         "dropless": "slots of training" if fills else "dropless",
         "capacity_limited": "capacity-limited",
     }
-    if any(isinstance(moe, MoE) and moe.eval_buffer_factor for moe in model.moe_parts.values()):
+    if any(moe.buffer_loses(training=False) for moe in model.moe_parts.values()):
         labels["capacity_limited"] += ", bounded buffer"
         labels["dropless"] = "slots of training, bounded buffer" if fills else "bounded buffer"
     ways = {"train": Way("train", SEES if in_training else "")}

@@ -207,7 +207,7 @@ def changed_masks(old: ExperimentConfig, new: ExperimentConfig) -> list[str]:
     mesh, with one mask.
     """
     parts: Iterable[Any] = new.model.all_parts.values()
-    drawing = [part for part in parts if getattr(part, "expert_dropout_rate", 0) > 0]
+    drawing = [part for part in parts if part.routes and part.expert_dropout_rate > 0]
     in_one = all(
         part.run_experts != "auto" and part.exchange == "compiler" and part.exchange_chunks == 1
         for part in drawing
