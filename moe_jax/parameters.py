@@ -1,13 +1,13 @@
-"""Specs of parameters, and the four functions through which code uses a weight.
+"""Specs of parameters, and the five functions through which code uses a weight.
 
 A `ParameterSpec` contains all that the library needs to know about an array. Nothing is guessed
 from a name. Trees of specs are nested dicts, and `jax.tree.map` turns them into parameters,
 shardings and masks.
 
-Code uses a weight through one of four functions: `linear(x, w)` for one matrix, `grouped(x, w,
-layout)` for the matrices of experts, `rows(w, ids)` for a table, `dense(w)` for the array itself.
-Each accepts an array or a `Weight`: several arrays that act as one, such as LoRA or quantised
-weights. Legend: `moe_jax.moe`.
+Code uses a weight through one of five functions: `linear(x, w)` for one matrix, `grouped(x, w,
+layout)` for the matrices of experts, `rows(w, ids)` for a table, `columns(w, choose)` for some
+outputs of a matrix, `dense(w)` for the array itself. Each accepts an array or a `Weight`: several
+arrays that act as one, such as LoRA or quantised weights. Legend: `moe_jax.moe`.
 """
 
 import dataclasses

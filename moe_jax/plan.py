@@ -140,7 +140,7 @@ def main() -> int:
     options = Options(**{name: getattr(values, name) for name in names})
     if options.figures:
         command_line.require_folder("figures", options.figures)
-    return run(from_config_dict(values.config.to_dict()), options)
+    return run(from_config_dict(values.config), options)
 
 
 def define_flags() -> None:

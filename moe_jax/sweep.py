@@ -117,7 +117,7 @@ def plan(arguments: Sequence[str], sets: Sequence[str], out: pathlib.Path) -> li
     ]
     flags_of = [with_values(arguments, point) for point in points]
     dicts = [load(one) for one in flags_of]
-    configs = [from_config_dict(one.to_dict()) for one in dicts]
+    configs = [from_config_dict(one) for one in dicts]
     values = [
         {name: point[name] if name == PRESETS else read(config, name) for name in point}
         for point, config in zip(points, dicts, strict=True)

@@ -16,6 +16,7 @@ from absl import flags
 
 from moe_jax import command_line
 from moe_jax.config import ExperimentConfig, from_config_dict
+from moe_jax.user_errors import in_one_line
 
 
 def run(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -66,8 +67,8 @@ def failure_is_a_warning(what: str, *, together: bool = False) -> Iterator[None]
     try:
         yield
     except Exception as error:
-        message = " ".join(f"{type(error).__name__}: {error}".split())  # one line
-        print(f"warning: the run is saved, but there is no {what}: {message}", file=sys.stderr)
+        why = in_one_line(error)
+        print(f"warning: the run is saved, but there is no {what}: {why}", file=sys.stderr)
         if together and jax.process_count() > 1 and not isinstance(error, ValueError):
             raise
 
@@ -106,7 +107,7 @@ def main() -> None:
 
     from moe_jax.training.signals import Interrupted
 
-    config = from_config_dict(flags.FLAGS.config.to_dict())
+    config = from_config_dict(flags.FLAGS.config)
     command_line.require_folder("workdir", flags.FLAGS.workdir)
     try:
         run(config, flags.FLAGS.workdir)

@@ -36,6 +36,11 @@ def describe(error: Exception) -> str:
     return joined or type(error).__name__
 
 
+def in_one_line(error: Exception) -> str:
+    """The class and the message of an error that is no user's fault, for a warning."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def _between(text: str, line: str) -> str:
     """The separator of a line from the text before it: a sentence begins with a capital."""
     if not text or text[-1] in ".:;,":

@@ -110,14 +110,14 @@ def literal(value: Any) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
-def settings_text(settings: Iterator[Setting], prefix: str = "--") -> str:
+def settings_text(settings: Iterator[Setting]) -> str:
     """One line per setting, ready to paste: the flag, and its comment after #."""
     lines = []
     for setting in settings:
         if setting.value is None:
             lines.append(f"\n{setting.path}: {setting.comment}")
             continue
-        flag = f"  {in_shell(f'{prefix}{setting.path}={setting.value}')}"
+        flag = f"  {in_shell(f'--{setting.path}={setting.value}')}"
         lines.append(f"{flag:<58}  # {setting.comment}" if setting.comment else flag)
     return "\n".join(lines)
 

@@ -41,11 +41,12 @@ def default_objective() -> Any:
 class DataConfig(Settings):
     """Where the text comes from and how it becomes sequences."""
 
-    corpus: str = "embedded"  # "embedded", a path, "packed:DIR", "tfds:NAME"
+    corpus: str = "embedded"  # "embedded", a path, "packed:DIR", "tfds:NAME", "KIND:PATH"
     text_field: str = ""  # with the text of a corpus record; "": "text"
     id_field: str = ""  # with the name of a document; "": "id", if there is one
     group_field: str = ""  # of documents held out together; "": "group", if there is one
-    tokenizer: str = "byte"  # "byte", the path of a .model, tokenizer.json or .tiktoken file
+    # "byte", the path of a .model, tokenizer.json or .tiktoken file, or "KIND:PATH"
+    tokenizer: str = "byte"
     bos_token: str = ""  # begins a document; "": the usual one of the tokenizer
     eos_token: str = ""  # ends a document; "": the usual one of the tokenizer
     sequence_length: int = setting(256, at_least=2)  # L, tokens

@@ -2,7 +2,7 @@
 
 import dataclasses
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -81,7 +81,6 @@ def setting(
     at_most: float | None = None,
     below: float | None = None,
     choices: Sequence[Any] | None = None,
-    default_factory: Callable[[], Any] | None = None,
     changes_results: bool = True,
 ) -> Any:
     """A field of `Settings` with bounds, which are checked when an object is made.
@@ -101,8 +100,6 @@ def setting(
     metadata: dict[str, Any] = {"changes_results": changes_results}
     if bounds != Bounds():
         metadata["bounds"] = bounds
-    if default_factory is not None:
-        return dataclasses.field(default_factory=default_factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -174,8 +174,11 @@ class MoE(Part):
         return Options(self.num_experts, self.num_options, selected, slots, factor == 0)
 
     @property
-    def any_options(self) -> Options:
-        """The options of the router, for uses that do not depend on the group size."""
+    def spec_options(self) -> Options:
+        """The options that specs of parameters and state may use: those of training.
+
+        With `group_size=0` the number of slots is not known, and has no meaning here.
+        """
         return self.options(self.group_size or 1, training=True)
 
     @property
@@ -201,7 +204,7 @@ class MoE(Part):
     def specs(self, dims: Dims) -> dict[str, Any]:
         """`experts` with a leading E; `router` if there is a choice; `shared`, with its `gate`."""
         specs: dict[str, Any] = {"experts": self.expert_specs(dims)}
-        router = self.router.specs(dims, self.any_options) if self.num_options > 1 else {}
+        router = self.router.specs(dims, self.spec_options) if self.num_options > 1 else {}
         specs |= {"router": router} if router else {}
         if self.shared_expert_dim > 0:
             component = "shared_experts"
@@ -220,7 +223,7 @@ class MoE(Part):
         specs: dict[str, Any] = {}
         if self.bias is not None:
             specs["bias_E"] = ParameterSpec((self.num_options,), (None,), zeros, "router", False)
-        router = self.router.state_specs(dims, self.any_options) if self.num_options > 1 else {}
+        router = self.router.state_specs(dims, self.spec_options) if self.num_options > 1 else {}
         return specs | ({"router": router} if router else {})
 
     def looks_ahead(self, training: bool) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from moe_jax.user_errors import in_one_line
+
 PROFILE = "profile"
 
 
@@ -68,7 +70,7 @@ class Profile:
             yield
         except Exception as error:  # any error of the profiler
             self._first, self._last = 0, -1
-            why = " ".join(f"{type(error).__name__}: {error}".split())
+            why = in_one_line(error)
             print(
                 f"warning: no trace in {self._directory}, and the run goes on without it: {why}",
                 file=sys.stderr,

@@ -22,7 +22,7 @@ class Progress:
       num_steps: steps of the whole run.
       start_step: the step the run starts or resumes from.
       utilization: label of `perf/mfu`: "mfu" for a share of the device's data-sheet peak, or for
-        example "of measured peak".
+        example "of matmul peak".
       file: where to write; standard output by default.
     """
 

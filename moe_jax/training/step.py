@@ -43,7 +43,7 @@ def make_train_step(
 
     The arrays are those that `training.loss` reads; cross-entropy reads none.
 
-    The batch holds arrays [num_microbatches, batch_size / num_microbatches, L or T]. The number of
+    The batch holds arrays [num_microbatches, batch_size / num_microbatches, ...]. The number of
     microbatches changes the memory of the step. Beyond rounding, it changes results only through
     noise (each microbatch draws its own), losses that are not linear in the sums of a microbatch,
     and bounded buffers. Frozen parameters and frozen state of parts stay unchanged.

@@ -23,6 +23,7 @@ import jax
 from moe_jax.config import ExperimentConfig, write_config
 from moe_jax.config.check import require
 from moe_jax.training.files import set_aside
+from moe_jax.user_errors import in_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class Trackers:
             yield
         except Exception as error:  # of third-party packages
             self._open.pop(name, None)
-            why = " ".join(f"{type(error).__name__}: {error}".split())
+            why = in_one_line(error)
             print(
                 f"warning: the tracker {name} failed, and the run goes on without it: {why}. "
                 "metrics.jsonl has every row.",

@@ -58,7 +58,7 @@ class Routing(NamedTuple):
 
     Attributes:
       logits_GSE: router logits, including noise; for Soft MoE the logits of slots, [G, S, P].
-      probs_GSE: >= 0, each row sums to 1; the balance losses use them.
+      probs_GSE: >= 0, each row of a valid token sums to 1; the balance losses use them.
       expert_index_GSK: int32 in [0, E), the choices of a token, best first, all distinct.
       gate_GSK: the weight of each choice in the token's output, >= 0; 0 if it does not count.
       chosen_GSK: bool, which choices count. The others take no slot, compute nothing and are not in

@@ -1,7 +1,7 @@
 """Experts fixed in advance: by hash, at random, or in turn (legend: `moe_jax.moe`).
 
-Nothing is learned, gates are 1 / K, and all layers use the same table. All routers here are causal:
-a choice depends on a token's id, the previous id, its position, and a random key.
+Nothing is learned, gates are scaling_factor / K, and all layers use the same table. All routers
+here are causal: a choice depends on a token's id, the previous id, its position, and a random key.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class FixedRouter(Router):
         raise NotImplementedError
 
     def route(self, params: Any, x_GSM: jax.Array, inputs: RouterInputs) -> Routing:
-        """Gates and probabilities 1 / K, logits 0; see `Router`."""
+        """Gates scaling_factor / K, probabilities 1 / K, logits 0; see `Router`."""
         options, replay = inputs.options, inputs.replay
         index_GSK = self.expert_index(x_GSM, inputs) if replay is None else replay.expert_index
         gate = self.scaling_factor / options.num_selected

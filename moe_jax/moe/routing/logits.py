@@ -127,17 +127,16 @@ class Score(Settings):
     independent: ClassVar[bool] = False  # a score depends on its own logit only, in [0, 1]
 
     def log_scores(self, logits_GSE: jax.Array) -> jax.Array:
-        """The logs of the scores, up to one constant per token.
+        """Logits whose softmax is the router's probabilities, and over the selected, their gates.
 
-        Their softmax is the scores divided by their sum, with a finite gradient even if all scores
-        underflow.
+        The gradient of that softmax is finite even if all scores underflow.
         """
         raise NotImplementedError
 
     def scores(self, logits_GSE: jax.Array, probs_GSE: jax.Array) -> jax.Array:
-        """The scores; the K largest select experts.
+        """The scores, to which a selection bias is added; the K largest select experts.
 
-        `probs_GSE` are the scores divided by their sum per token.
+        `probs_GSE` is the softmax of `log_scores`.
         """
         raise NotImplementedError
 

@@ -147,4 +147,4 @@ def gated_input(
     return Combined(y_GSM, kept_GA1.reshape(assignment.kept_GSK.shape), buffer)
 
 
-__all__ = ["Plan", "gathered_for", "mix_experts", "run_experts"]
+__all__ = ["gathered_for", "mix_experts", "run_experts"]
