@@ -211,7 +211,7 @@ def open_answers(
             first = file.open(Answers(*how))
         if routes and jax.process_index() == 0:
             routes.check(first, goes_on=bool(path))
-    first = int(processes.gather(str(first))[0])
+    first = processes.of_first(first)
     return Answers(*how, first=first), file
 
 

@@ -17,7 +17,7 @@ from moe_jax.config import MeshConfig
 from moe_jax.moe.run_experts import buffer
 from moe_jax.parallel.mesh import describe_mesh, make_mesh
 from moe_jax.training import loop
-from moe_jax.training.checkpoints import DamagedCheckpointError
+from moe_jax.training.checkpoints import Checkpoints, DamagedCheckpointError
 from moe_jax.training.loop import BufferOverflowError, train
 from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
 from moe_jax.training.placement import inference_rows
@@ -137,7 +137,7 @@ def test_as_many_sequences_are_scored_during_a_run_whatever_its_microbatches(par
     for name in ("evaluate", "evaluation_params", "evaluation_row", "evaluation_line"):
         monkeypatch.setattr(loop, name, lambda *args, **settings: read.update(settings))
     run = mock.MagicMock(config=config, is_last=lambda step: False)
-    loop.Run.evaluate(run, 4, mock.MagicMock())
+    loop.Session.evaluate(run, 4, mock.MagicMock())
     assert read["max_batches"] * inference_rows(config, make_mesh(MeshConfig(data=1))) == 24
 
 
@@ -366,7 +366,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         train(config, tmp_path)
     found = re.search(
         r"train/\w+ is (nan|inf) at step (\d+); "
-        r"last good state: checkpoint of step (\d+) in (\S+)\.",
+        r"last good step: (\d+) in (\S+)\.",
         str(error.value),
     )
     assert found, str(error.value)
@@ -394,16 +394,17 @@ def test_before_its_first_checkpoint_a_run_has_no_good_state_of_its_own(
 
     monkeypatch.setattr(loop, "compile_train_step", no_number)
     source = {"path": str(finished), "step": 9, "optimizer_state": True, "data_position": True}
-    with pytest.raises(FloatingPointError, match="is nan at step 10; last good state: no checkpoi"):
+    with pytest.raises(FloatingPointError, match="is nan at step 10; no checkpoint is complete"):
         train(tiny_training({"init_from": source}), tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["loss", "total_loss", "grad_norm"])
 def test_each_metric_that_must_be_finite_is_named(name, tmp_path):
-    metrics = StepMetrics(*[np.float32(1)] * 5)
-    loop.check_finite(7, metrics, 0, tmp_path)
-    with pytest.raises(FloatingPointError, match=rf"train/{name} is inf at step 7.*no checkpoint"):
-        loop.check_finite(7, metrics._replace(**{name: np.float32(np.inf)}), 0, tmp_path)
+    metrics, message = StepMetrics(*[np.float32(1)] * 5), rf"train/{name} is inf at step 7; no che"
+    with Checkpoints(tmp_path, keep=None) as checkpoints:
+        loop.check_finite(7, metrics, checkpoints)
+        with pytest.raises(FloatingPointError, match=message):
+            loop.check_finite(7, metrics._replace(**{name: np.float32(np.inf)}), checkpoints)
 
 
 STOPS = {"run_experts": "ragged", "buffer_factor": 1.5, "stop_at_overflow": True}
@@ -416,31 +417,34 @@ def test_the_layer_that_needs_the_largest_buffer_is_named_and_the_factor_that_wo
         "moe/buffer_rows": np.array([30, 45]),
         "moe/buffer_factor": np.array([1.0, 1.5]),
     }
-    loop.check_overflow(7, metrics, config, 5, tmp_path)  # no buffer in use
-    loop.check_overflow(7, metrics._replace(of_parts=said), config, 5, tmp_path)
+    (tmp_path / "5").mkdir()
+    checkpoints = Checkpoints(tmp_path, keep=None)
+    loop.check_overflow(7, metrics, config, checkpoints)  # no buffer in use
+    loop.check_overflow(7, metrics._replace(of_parts=said), config, checkpoints)
     said |= {
         "moe/buffer_overflow": np.array([9, 1234]),
         "moe/buffer_rows": np.array([55, 72]),
         "moe/buffer_factor": np.array([1.8333, 2.4], np.float32),
     }
     with pytest.raises(BufferOverflowError) as error:
-        loop.check_overflow(7, metrics._replace(of_parts=said), config, 5, tmp_path)
+        loop.check_overflow(7, metrics._replace(of_parts=said), config, checkpoints)
     assert str(error.value) == (
         "moe/layer_01 lost 1,234 choices at step 7: a device was sent 72 rows, 2.4 times the mean, "
-        "and has room for buffer_factor=1.5 times; last good state: checkpoint of step 5 in "
+        "and has room for buffer_factor=1.5 times; last good step: 5 in "
         f"{tmp_path}. Set model.parts.moe.buffer_factor=2.41, or stop_at_overflow=False, and go on "
         "in this workdir."
     )
     loses = tiny_moe(**STOPS | {"stop_at_overflow": False})
     loses["model"]["stack"] = {"allow_lookahead": True}
-    loop.check_overflow(7, metrics._replace(of_parts=said), tiny_training(loses), 5, tmp_path)
+    loop.check_overflow(7, metrics._replace(of_parts=said), tiny_training(loses), checkpoints)
+    checkpoints.close()
 
 
 @pytest.mark.slow
 def test_a_run_that_a_full_buffer_stopped_goes_on_with_more_room(tmp_path, monkeypatch):
     """With tiles of one row, the smallest buffer has no room to spare."""
     monkeypatch.setattr(buffer, "TILE", 1)
-    with pytest.raises(BufferOverflowError, match=r"at step 1: .* no checkpoint yet") as error:
+    with pytest.raises(BufferOverflowError, match=r"at step 1: .* no checkpoint is co") as error:
         train(moving({"expert": 8}, **STOPS | {"buffer_factor": 1.0}), tmp_path)
     found = re.search(r"sent (\d+) rows, ([\d.]+) times the mean", str(error.value))
     assert found, str(error.value)

@@ -272,6 +272,11 @@ def gather(text: str) -> list[str]:
     return [bytes(row[:n]).decode() for row, n in zip(rows, lengths, strict=True)]
 
 
+def of_first(value: Any) -> Any:
+    """The JSON-compatible value of process 0, in all processes, which call this together."""
+    return json.loads(gather(json.dumps(value))[0])
+
+
 def require_same(what: str, settings: Mapping[str, Any]) -> None:
     """Refuses, in all processes, settings that differ from those of process 0.
 

@@ -20,14 +20,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
-from jax.experimental import multihost_utils
 
 from moe_jax import interrupts
 from moe_jax.files import write_synced
-from moe_jax.parallel.processes import all_or_none
+from moe_jax.parallel.processes import all_or_none, of_first
 from moe_jax.training.arrays import (
     by_name,
     describe,
@@ -106,7 +104,7 @@ class Checkpoints:
         self._failed = False
         absl_logging.get_absl_logger().addFilter(not_a_traceback_of_orbax)
         if not self._read_only:
-            interrupts.say_before_end(self._last_good_after_save)
+            interrupts.say_before_end(self.last_good_after_save)
         self._metadata: str | None = None
         with no_warning_of_reading() if self._read_only else contextlib.nullcontext():
             self._manager = ocp.CheckpointManager(
@@ -184,7 +182,7 @@ class Checkpoints:
         self.wait()
         # Remembered, not listed: on a network file system, processes may see different listings.
         if self._newest is None:
-            self._newest = _of_process_0(max(self.steps(), default=NO_STEP))
+            self._newest = of_first(max(self.steps(), default=NO_STEP))
         if self._newest > step:
             raise ValueError(
                 f"checkpoints must be saved in the order of their steps: step {step}, but "
@@ -218,6 +216,17 @@ class Checkpoints:
         """See `metadata_of`."""
         return metadata_of(self.directory, step)
 
+    def whole(self, step: int | None) -> int | None:
+        """`step`, or the newest whole one; None if there is no checkpoint.
+
+        Raises:
+          DamagedCheckpointError, ValueError: see `newest_whole` and `require_whole`.
+        """
+        if step is None or not self.steps():
+            return self.newest_whole()
+        self.require_whole(step)
+        return step
+
     def newest_whole(self) -> int | None:
         """The newest step whose checkpoint is whole, or None; process 0 reads every file.
 
@@ -229,13 +238,13 @@ class Checkpoints:
             that a restart does not silently begin from step 0.
         """
         self.wait()
-        step = _of_process_0(self._set_damaged_aside() if jax.process_index() == 0 else NO_STEP)
+        step = of_first(self._set_damaged_aside() if jax.process_index() == 0 else NO_STEP)
         self._manager.reload()
         if step == ALL_DAMAGED:
             raise DamagedCheckpointError(
-                "a run can continue only from a checkpoint that matches its manifest: all are "
-                f"damaged in {self.directory}: {', '.join(map(str, self.steps()))}. Bring back a "
-                "copy of one, or move them away to start from step 0."
+                "a checkpoint can be used only if it matches its manifest: all are damaged in "
+                f"{self.directory}: {', '.join(map(str, self.steps()))}. Bring back a copy of one, "
+                + ("or use another run." if self._read_only else "or move them away to start anew.")
             )
         self._newest = step
         return None if step == NO_STEP else step
@@ -317,7 +326,7 @@ class Checkpoints:
                 "goes on from there."
             ) from error
 
-    def _last_good_after_save(self) -> str:
+    def last_good_after_save(self) -> str:
         """`last_good`, after waiting for a running save: the process is about to end."""
         with contextlib.suppress(OSError):
             self.wait()
@@ -397,10 +406,3 @@ class Checkpoints:
         tree = self._manager.item_metadata(step)[STATE].tree
         path = self.directory / str(step) / STATE
         return read_arrays(path, tree, wanted, self._gigabytes_in_flight)
-
-
-def _of_process_0(number: int) -> int:
-    """The number of process 0, in all processes."""
-    if jax.process_count() == 1:
-        return number
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))

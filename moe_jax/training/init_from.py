@@ -29,16 +29,11 @@ from moe_jax.config.check import require
 from moe_jax.config.upgrade import upgrade
 from moe_jax.models.selection import check_names, marked, matches
 from moe_jax.models.trained import over_state, state_by_stack
-from moe_jax.parallel.processes import all_or_none, gather
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.training.arrays import by_name, describe, differences, name_of, some
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.files import (
     MANIFEST,
-    DamagedCheckpointError,
-    complete_steps,
-    damage,
-    path_of_whole,
 )
 from moe_jax.training.placement import parameter_of, state_shardings
 from moe_jax.training.state import TrainState, abstract_state, state_from
@@ -93,10 +88,15 @@ def open_source(config: ExperimentConfig, content: Mapping[str, str]) -> Source:
     """
     workdir = pathlib.Path(config.init_from.path).expanduser()
     directory = workdir / CHECKPOINTS
-    step = whole_step(directory, config.init_from.step)
-    record, _ = recorded_run(workdir, step)
     with Checkpoints(directory, keep=None) as checkpoints:
+        step = checkpoints.whole(config.init_from.step)
+        if step is None:
+            raise ValueError(
+                "init_from.path must be the workdir of a run with a checkpoint: there is none in "
+                f"{directory}. Correct the path."
+            )
         saved = checkpoints.arrays(step)
+    record, _ = recorded_run(workdir, step)
     drawn = fresh_names(config, saved)
     check_tokenizer(config, record, content, drawn)
     if config.init_from.data_position:
@@ -108,43 +108,6 @@ def open_source(config: ExperimentConfig, content: Mapping[str, str]) -> Source:
         takes |= match_moments(config, saved, drawn, where)
     manifest = (directory / str(step) / MANIFEST).read_bytes()
     return Source(workdir, step, hashlib.sha256(manifest).hexdigest(), takes, sorted(drawn))
-
-
-def whole_step(directory: pathlib.Path, step: int | None) -> int:
-    """The step of the checkpoint to start from; process 0 checks every file of it."""
-    found = 0
-    with all_or_none():
-        if jax.process_index() == 0:
-            if step is None:
-                found = newest_whole(directory)
-            else:
-                found = int(path_of_whole(directory, step).name)
-    return int(gather(str(found))[0])
-
-
-def newest_whole(directory: pathlib.Path) -> int:
-    """The newest step whose checkpoint is whole.
-
-    Raises:
-      ValueError: there is no checkpoint.
-      DamagedCheckpointError: all are damaged.
-    """
-    steps = complete_steps(directory)
-    require(
-        bool(steps),
-        "init_from.path must be the workdir of a run with a checkpoint",
-        f"there is none in {directory}",
-        "Correct the path",
-    )
-    for step in reversed(steps):
-        reason = damage(directory / str(step))
-        if reason is None:
-            return step
-        logger.warning("Checkpoint %s is damaged and not used: %s.", directory / str(step), reason)
-    raise DamagedCheckpointError(
-        f"init_from needs a checkpoint that matches its manifest: all are damaged in {directory}: "
-        f"{', '.join(map(str, steps))}. Bring back a copy of one, or use another run."
-    )
 
 
 def fresh_names(config: ExperimentConfig, saved: Iterable[str]) -> set[str]:

@@ -1,11 +1,10 @@
 """A training run, from a config and a directory to checkpoints, metrics and an evaluation."""
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +19,7 @@ from moe_jax.models.multi_token import own_name
 from moe_jax.models.trained import count_trained, describe_trained
 from moe_jax.parallel.batches import from_rows, rows_of_process
 from moe_jax.parallel.mesh import describe_mesh, make_mesh
-from moe_jax.parallel.processes import compile_in_all, gather, require_same
+from moe_jax.parallel.processes import compile_in_all, of_first, require_same
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.evaluation import evaluate
 from moe_jax.training.files import complete_steps, read_json
@@ -118,8 +117,9 @@ def source_of(config: ExperimentConfig, workdir: pathlib.Path, data: Data) -> So
     return open_source(config, data.fingerprints)
 
 
-class Run(NamedTuple):
-    """A run in progress: its inputs, and where it writes."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Session:
+    """A run from a start or a resume to its end: its inputs, and where it writes."""
 
     workdir: pathlib.Path
     config: ExperimentConfig
@@ -219,32 +219,40 @@ def train_in(
     rates = Rates(config, 3 * flops, peak and peak * num_devices)
     trackers = open_trackers(config, workdir, start)
     profile = Profile(config.training.profile_steps, workdir)
-    rows = start if restored is not None else 0  # the last step whose metric rows are kept
+    last_kept_step = start if restored is not None else 0  # of the rows of metrics
     if restored is None:
         set_results_aside(workdir)
-    with MetricWriter(workdir, rows, saved.get("metrics"), trackers) as writer:
+    with MetricWriter(workdir, last_kept_step, saved.get("metrics"), trackers) as writer:
         with progress, SignalFlag(start) as signals, profile:
-            run = Run(
-                workdir, config, data, mesh, checkpoints, writer, progress, rates, signals, profile,
-                origin,
-            )  # fmt: skip
-            run_steps(run, state, start)
+            session = Session(
+                workdir=workdir,
+                config=config,
+                data=data,
+                mesh=mesh,
+                checkpoints=checkpoints,
+                writer=writer,
+                progress=progress,
+                rates=rates,
+                signals=signals,
+                profile=profile,
+                origin=origin,
+            )
+            run_steps(session, state, start)
     path = workdir / EVALUATION_FILE
     return read_json(path) if path.exists() else {}
 
 
-def run_steps(run: Run, state: TrainState, start: int) -> None:
+def run_steps(session: Session, state: TrainState, start: int) -> None:
     """Runs the training steps after `start`.
 
     A step is saved before it is evaluated. A run that was stopped in between evaluates first when
     it resumes.
     """
-    config, training = run.config, run.config.training
-    step_function = compile_train_step(config, run.mesh)
-    arrays = training.loss.arrays(config, run.mesh)
-    batches = global_batches(config, run.data, run.mesh, start)
+    config, training = session.config, session.config.training
+    step_function = compile_train_step(config, session.mesh)
+    arrays = training.loss.arrays(config, session.mesh)
+    batches = global_batches(config, session.data, session.mesh, start)
     pending: tuple[int, StepMetrics] | None = None
-    saved = run.checkpoints.latest_step or 0  # not `start`, which may count steps of another run
 
     def settle() -> None:
         """Checks, writes and shows the previous step's metrics while the device runs the next."""
@@ -252,46 +260,45 @@ def run_steps(run: Run, state: TrainState, start: int) -> None:
         if pending is None:
             return
         (step, metrics), pending = pending, None
-        if not is_finite(metrics):  # `compare` reads why the run ended
-            run.writer.write(step, metrics_row(metrics, config.model.layers_of))
-        check_finite(step, metrics, saved, run.checkpoints.directory)
-        check_overflow(step, metrics, config, saved, run.checkpoints.directory)
+        if not_finite(metrics):  # `compare` reads why the run ended
+            session.writer.write(step, metrics_row(metrics, config.model.layers_of))
+        check_finite(step, metrics, session.checkpoints)
+        check_overflow(step, metrics, config, session.checkpoints)
         if step % training.log_every == 0 or step == training.num_steps:
-            row = metrics_row(metrics, config.model.layers_of) | run.rates.measure(step)
-            run.writer.write(step, row)
-            run.progress.update(step, row)
+            row = metrics_row(metrics, config.model.layers_of) | session.rates.measure(step)
+            session.writer.write(step, row)
+            session.progress.update(step, row)
         else:
-            run.progress.update(step)
+            session.progress.update(step)
 
-    if start and run.evaluates_after(start) and not is_evaluated(run, start):
-        run.evaluate(start, state)
+    if start and session.evaluates_after(start) and not is_evaluated(session, start):
+        session.evaluate(start, state)
     for step in range(start + 1, training.num_steps + 1):
-        run.checkpoints.check()  # steps after a failed save would be lost
-        run.profile.before(step, state)
-        with jax.set_mesh(run.mesh):
+        session.checkpoints.check()  # steps after a failed save would be lost
+        session.profile.before(step, state)
+        with jax.set_mesh(session.mesh):
             batch = next(batches)
             if step == start + 1:
                 compile_in_all(step_function, state, batch, *arrays)
             state, metrics = step_function(state, batch, *arrays)
-        run.profile.after(step, state)
+        session.profile.after(step, state)
         if step == start + 1:
             jax.block_until_ready(metrics)  # the speed excludes compilation
-            run.rates.start(step)
+            session.rates.start(step)
         settle()
         pending = (step, metrics)
 
-        last, evaluates = run.is_last(step), run.evaluates_after(step)
+        last, evaluates = session.is_last(step), session.evaluates_after(step)
         if last or evaluates or step % training.checkpoint_every == 0:
             # Metrics first, so that a run that resumes here has all of them.
             settle()
-            run.save(step, state, wait=last)
-            saved = step
+            session.save(step, state, wait=last)
         if evaluates:
-            run.evaluate(step, state)
-        stopped = run.signals.stops_after(step)  # once a step: a signal may come at any time
+            session.evaluate(step, state)
+        stopped = session.signals.stops_after(step)  # once a step: a signal may come at any time
         if stopped:
             settle()
-            run.save(step, state, wait=True)
+            session.save(step, state, wait=True)
             raise Interrupted(stopped, step)
 
 
@@ -301,9 +308,9 @@ def extension(saved: Mapping[str, Any], num_steps: int) -> str:
     return f", extended from {before}" if before != num_steps else ""
 
 
-def is_evaluated(run: Run, step: int) -> bool:
+def is_evaluated(session: Session, step: int) -> bool:
     """Whether the metrics contain an evaluation of a step; process 0 decides for all."""
-    return bool(json.loads(gather(json.dumps(run.writer.has_evaluation(step)))[0]))
+    return bool(of_first(session.writer.has_evaluation(step)))
 
 
 def global_batches(config: ExperimentConfig, data: Data, mesh: Mesh, start: int) -> Iterator[Batch]:
@@ -323,25 +330,24 @@ def global_batches(config: ExperimentConfig, data: Data, mesh: Mesh, start: int)
         yield from_rows(read, rows, num_rows, mesh, BATCH_AXES)
 
 
-def is_finite(metrics: StepMetrics) -> bool:
-    """Whether the loss and the gradient are finite."""
-    return all(np.isfinite(float(getattr(metrics, name))) for name in FINITE)
+def not_finite(metrics: StepMetrics) -> list[str]:
+    """The names of `FINITE` whose values are not finite."""
+    return [name for name in FINITE if not np.isfinite(float(getattr(metrics, name)))]
 
 
-def check_finite(step: int, metrics: StepMetrics, saved: int, directory: pathlib.Path) -> None:
+def check_finite(step: int, metrics: StepMetrics, checkpoints: Checkpoints) -> None:
     """Stops a run whose loss or gradient is not finite.
 
     Raises:
       FloatingPointError: naming the metric, the step and the last good checkpoint.
     """
-    for name in FINITE:
-        value = float(getattr(metrics, name))
-        if not np.isfinite(value):
-            raise FloatingPointError(
-                f"train/{name} is {value} at step {step}; {last_good(saved, directory)}. Lower "
-                "optimizer.learning_rate or lengthen optimizer.warmup_steps, and start in another "
-                "workdir. A model with experts may also need a router_z loss of more weight."
-            )
+    for name in not_finite(metrics):
+        raise FloatingPointError(
+            f"train/{name} is {getattr(metrics, name)} at step {step}; "
+            f"{checkpoints.last_good_after_save()} in {checkpoints.directory}. Lower "
+            "optimizer.learning_rate or lengthen optimizer.warmup_steps, and start in another "
+            "workdir. A model with experts may also need a router_z loss of more weight."
+        )
 
 
 class BufferOverflowError(ValueError):
@@ -349,7 +355,7 @@ class BufferOverflowError(ValueError):
 
 
 def check_overflow(
-    step: int, metrics: StepMetrics, config: ExperimentConfig, saved: int, directory: pathlib.Path
+    step: int, metrics: StepMetrics, config: ExperimentConfig, checkpoints: Checkpoints
 ) -> None:
     """Stops a run that lost choices in a part with `stop_at_overflow`.
 
@@ -368,13 +374,8 @@ def check_overflow(
         raise BufferOverflowError(
             f"{part}/layer_{layer[worst]:02d} lost {int(lost_X[worst]):,} choices at step {step}: "
             f"a device was sent {int(rows):,} rows, {factor_X[worst]:.4g} times the mean, and has "
-            f"room for buffer_factor={moe.buffer_factor:g} times; {last_good(saved, directory)}. "
+            f"room for buffer_factor={moe.buffer_factor:g} times; "
+            f"{checkpoints.last_good_after_save()} in {checkpoints.directory}. "
             f"Set model.parts.{own_name(part)}.buffer_factor={factor:g}, or "
             f"stop_at_overflow=False, and go on in this workdir."
         )
-
-
-def last_good(saved: int, directory: pathlib.Path) -> str:
-    """The checkpoint that a failed run can resume from, for the message."""
-    where = f"checkpoint of step {saved} in {directory}" if saved else "no checkpoint yet"
-    return f"last good state: {where}"

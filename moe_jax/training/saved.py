@@ -206,14 +206,11 @@ def restore(
       The state, or None if there is no checkpoint.
 
     Raises:
-      DamagedCheckpointError: see `Checkpoints.newest_whole` and `require_whole`.
+      DamagedCheckpointError: see `Checkpoints.whole`.
       ValueError: there is no checkpoint of this step, or its arrays differ from the run's.
     """
     # A checkpoint is not read before it is known to be whole.
-    if step is None or not checkpoints.steps():
-        step = checkpoints.newest_whole()
-    else:
-        checkpoints.require_whole(step)
+    step = checkpoints.whole(step)
     if step is None:
         return None
     abstract = jax.tree.map(

@@ -16,7 +16,7 @@ from moe_jax.config import ExperimentConfig, difference, read_config, to_dict, w
 from moe_jax.config.check import require
 from moe_jax.config.upgrade import check_format
 from moe_jax.data import with_whole_paths as data_with_whole_paths
-from moe_jax.parallel.processes import all_or_none, gather
+from moe_jax.parallel.processes import all_or_none, gather, of_first
 from moe_jax.training.arrays import describe_saved
 from moe_jax.training.files import (
     STATE,
@@ -295,7 +295,7 @@ def require_shared(workdir: pathlib.Path) -> None:
     """
     if jax.process_count() == 1:
         return
-    sign = gather(secrets.token_hex(8))[0]
+    sign = of_first(secrets.token_hex(8))
     path = workdir / f".seen_by_all_{sign}"
     if jax.process_index() == 0:
         path.touch()
