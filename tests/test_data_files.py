@@ -266,6 +266,10 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 499723\n
         ({"x.jsonl": b'{"text": ["a"], "t": ""}'}, r"line 1 has list .*text_field.*one of \['t'\]"),
         ({"x.jsonl": b'{"body": "a"}'}, r"line 1 has the fields \['body'\].*one of \['body'\]"),
         ({"x.jsonl": b'{"text": "a", "id": [1]}'}, r"Field 'id' .* line 1 has list '\[1\]'"),
+        (
+            {"x.jsonl": b'{"text": "a", "group": "g", "heldout": "tail"}'},
+            r"line 1 has the group 'g' and \"heldout\": \"tail\"\. Leave one of them out",
+        ),
         ({"x.jsonl": b'{"text": "a", "group": true}'}, r"Field 'group' .* line 1 has bool"),
         ({"x.jsonl": b'{"text": "\\ud83d"}'}, r"line 1 has a lone surrogate '\\ud83d'"),
         ({"x.jsonl": '{"text": "é"}'.encode("latin-1")}, r"x\.jsonl line 1 has the byte 0xe9"),

@@ -143,6 +143,19 @@ def test_a_lone_document_whose_group_is_held_out_does_not_train(tmp_path):
         check_data(alone)
 
 
+@pytest.mark.parametrize("side", ["train", "heldout"])
+def test_a_document_of_a_group_is_never_cut(tmp_path, side):
+    """Alone in its domain or not, it lies on the side of its group."""
+    group = next(f"p{n}" for n in range(99) if split_of(f"p{n}", 0.3) == side)
+    page = {"group": group, "text": "a line\n" * 30}
+    for name, records in {"en": [page], "fr": [page, {"text": "une ligne"}]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    corpus = open_data(DataConfig(corpus=str(tmp_path), cache_dir=str(tmp_path / "c"))).corpus
+    for domain in ("en", "fr"):
+        found = [(s, d.text) for s, d in corpus.documents(domain, 0.3) if d.group == group]
+        assert found == [(side, page["text"])]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

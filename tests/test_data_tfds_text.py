@@ -112,6 +112,17 @@ def test_without_a_validation_split_documents_are_held_out_by_hash(tmp_path):
     assert 20 < splits.count("heldout") < 60
 
 
+def test_a_part_holds_out_the_documents_that_the_whole_does(tmp_path):
+    path = prepare(TalesWithoutSplit, tmp_path, "array_record")
+
+    def heldout(part):
+        documents = corpora.open_corpus(f"tfds:{path}{part}").documents("tales_without_split", 0.2)
+        return {document.text for split, document in documents if split == "heldout"}
+
+    first, second = heldout("@train[:50%]"), heldout("@train[50%:]")
+    assert first and second and first | second == heldout("")
+
+
 def test_a_part_of_the_training_split_may_be_named(tales):
     corpus = corpora.open_corpus(f"tfds:{tales['array_record']}@train[:10%]")
     splits = [split for split, _ in corpus.documents("tales", 0.5)]

@@ -106,6 +106,27 @@ def opened(files):
 KINDS = ("byte level", "byte fallback", "tiktoken")
 
 
+def test_added_tokens_of_spaces_are_spaces(files, tmp_path):
+    """Gemma lists its runs of spaces as added tokens that are not special."""
+    spec = json.loads(pathlib.Path(files["byte fallback"]).read_text())
+    vocab = spec["model"]["vocab"]
+    added = {}
+    for token in ("\u2581\u2581", "\n"):
+        added[token] = vocab[token] = len(vocab)
+        spec["added_tokens"].append(
+            {"id": vocab[token], "content": token, "single_word": False, "lstrip": False,
+             "rstrip": False, "normalized": False, "special": False}
+        )  # fmt: skip
+    spec["model"]["merges"].append(["\u2581", "\u2581"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = open_tokenizer(str(tmp_path / "tokenizer.json"))
+    text = "the   the\n\u2581\u2581 the"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes_V[ids].sum() == len(text.encode())
+    assert ids.tolist().count(added["\u2581\u2581"]) == ids.tolist().count(added["\n"]) == 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=st.text())
 @example("".join(NASTY))

@@ -113,8 +113,8 @@ def split_documents(
 
     Args:
         documents: of one domain, each with whether its end is held out instead of the whole. The
-            end of a domain's only document is held out, too, unless its given group is held out:
-            then the whole is.
+            end of a domain's only document is held out, too. A document with a given group is
+            never cut, since the rest of its group lies on one side.
         heldout_fraction: in [0, 1).
 
     Yields:
@@ -123,12 +123,10 @@ def split_documents(
     rest = iter(documents)
     first = list(itertools.islice(rest, 2))
     for document, has_tail in itertools.chain(first, rest):
-        split = split_of(document.group, heldout_fraction)
-        is_alone = len(first) == 1 and not (document.has_group and split == HELDOUT)
-        if (has_tail or is_alone) and not document.whole:
+        if (has_tail or len(first) == 1) and not document.whole and not document.has_group:
             yield from split_tail(document, heldout_fraction)
         else:
-            yield split, document
+            yield split_of(document.group, heldout_fraction), document
 
 
 def split_tail(document: Document, heldout_fraction: float) -> Iterator[tuple[str, Document]]:

@@ -30,7 +30,7 @@ class FileCorpus(Corpus):
     translation of a held-out page never trains, and what is held out at 3 % is held out at 5 %.
 
     Only the end is held out of a long text file, of a record with `"heldout": "tail"`, and of the
-    only document of a domain, as in the embedded corpus.
+    only document of a domain without a group, as in the embedded corpus.
     """
 
     def __init__(self, name: str, path: str, kind: str = "", fields: Fields | None = None):

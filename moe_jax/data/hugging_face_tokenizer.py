@@ -73,10 +73,11 @@ class HuggingFaceTokenizer(PieceTokenizer):
         self.bos_id, self.eos_id = special_ids(declared, file, bos_token, eos_token)
         pieces = [b""] * self.vocab_size
         for token in ids.keys() - specials.keys():
-            if token in added:
-                pieces[ids[token]] = token.encode()
+            # Added tokens are text, except that a run of spaces (Gemma) is written as a piece is.
+            if is_byte_level:
+                pieces[ids[token]] = token.encode() if token in added else _byte_level(token)
             else:
-                pieces[ids[token]] = _byte_level(token) if is_byte_level else _byte_fallback(token)
+                pieces[ids[token]] = _byte_fallback(token)
         self.pieces = pieces
         self.token_bytes_V = np.array([len(piece) for piece in pieces], np.int32)
         # UTF-8 never uses 0xc0, 0xc1 or 0xf5 to 0xff.

@@ -34,8 +34,16 @@ def read_lines(path: pathlib.Path, domain: str, fields: Fields) -> Iterator[tupl
             text = decode(line, where)
             if text.strip():
                 record = _parse(text, where, fields.example)
+                document = document_of(record, where, domain, fields)
                 has_tail = record.get("heldout") == "tail"
-                yield document_of(record, where, domain, fields), has_tail
+                require(
+                    not (has_tail and document.has_group),
+                    "A document of a group is held out as a whole, like the rest of its group, or "
+                    "not at all",
+                    f'{where} has the group {document.group!r} and "heldout": "tail"',
+                    "Leave one of them out",
+                )
+                yield document, has_tail
 
 
 def _parse(line: str, where: str, example: str) -> dict:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -128,23 +129,7 @@ class TfdsTextCorpus(Corpus):
         Raises:
             ValueError: there is no such split, or a document would train twice or is held out.
         """
-        splits = self._builder.info.splits
-        try:
-            parts = tfds.core.ReadInstruction.from_spec(self._train_split).to_absolute(splits)
-        except (ValueError, AssertionError, KeyError) as error:
-            raise ValueError(
-                f"A TFDS dataset must train on a part of its splits {sorted(splits)}: "
-                f"{self._train_split!r}: {' '.join(str(error).split())} Correct "
-                f"config.data.corpus={self.name!r}."
-            ) from None
-        ranges = [
-            (
-                part.splitname,
-                part.from_ or 0,
-                splits[part.splitname].num_examples if part.to is None else part.to,
-            )
-            for part in parts
-        ]
+        ranges = self._ranges(self._train_split)
         for index, (name, start, stop) in enumerate(ranges):
             require(
                 name != heldout_split,
@@ -160,6 +145,25 @@ class TfdsTextCorpus(Corpus):
                     f"Correct config.data.corpus={self.name!r}",
                 )
         return {name for name, _, _ in ranges}
+
+    def _ranges(self, split: str) -> list[tuple[str, int, int]]:
+        """The name, start and end of each range of examples in a part such as `train[:1%]`."""
+        splits = self._builder.info.splits
+        try:
+            parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
+        except (ValueError, AssertionError, KeyError) as error:
+            raise ValueError(
+                f"A TFDS dataset must train on a part of its splits {sorted(splits)}: {split!r}: "
+                f"{' '.join(str(error).split())} Correct config.data.corpus={self.name!r}."
+            ) from None
+        return [
+            (
+                part.splitname,
+                part.from_ or 0,
+                splits[part.splitname].num_examples if part.to is None else part.to,
+            )
+            for part in parts
+        ]
 
     @functools.cached_property
     def _builder(self) -> Any:
@@ -191,8 +195,15 @@ class TfdsTextCorpus(Corpus):
     def _read(self, split: str, domain: str) -> Iterator[Document]:
         names = self._fields.names
         feature = self._text_feature()
-        for index, example in enumerate(self._examples(split)):
-            where = f"{split}/{index:09d}"
+        # Numbered within the whole split, so that a part of it holds out what the whole does.
+        *others, (name, start, _) = self._ranges(split)
+        ranges = [(other, range(first, stop)) for other, first, stop in others]
+        places = (
+            f"{name}/{index:09d}"
+            for name, numbers in [*ranges, (name, itertools.count(start))]
+            for index in numbers
+        )
+        for where, example in zip(places, self._examples(split), strict=False):
             # An id and a group only if the config names them; otherwise the index is the id.
             record = {"text": _decoded(example[feature], f"{self.name} {where}"), "id": where}
             for key, name in zip(("id", "group"), names[1:], strict=True):

@@ -42,7 +42,7 @@ from moe_jax.data.npy_writer import NpyWriter, flush_to_disk
 from moe_jax.data.tokenizer import DocumentEncoder
 from moe_jax.files import sha256_of, whole_or_absent
 
-FORMAT_VERSION = 3  # Also goes up when the held-out rule changes.
+FORMAT_VERSION = 4  # Also goes up when the held-out rule changes.
 _MANIFEST = "manifest.json"
 logger = logging.getLogger(__name__)
 
