@@ -47,7 +47,8 @@ def continued(config, params, prompts=PROMPTS, calls=3, *, state=None, encoder=N
     how = {"model": model, "num_slots": length + room, "sampling": GREEDY}
     texts = [list(prompt) for prompt in prompts]
     with mesh_of(params):
-        given = prompts_of(prompts, numbers, length, [room] * len(prompts), encoder)
+        lengths = [len(prompt) + room for prompt in prompts]
+        given = prompts_of(prompts, numbers, length, lengths, encoder)
         rows, _ = prefill(serving, given, **how)
         logits = [np.asarray(rows.logits_BV)]
         for _ in range(calls):

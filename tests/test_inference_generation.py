@@ -92,6 +92,27 @@ def test_a_text_that_outgrows_the_context_does_not_depend_on_its_batch(generate)
     assert generate(prompts, 30, context=16, stop_tokens=[stop], **how) == ended
 
 
+def test_a_text_is_no_longer_than_the_context_for_a_rotary_scaling_by_length():
+    """Of a text that fills a context of 8, 8 tokens are read: not too long for short factors."""
+    short, prompts = [1.0] * 4, [[1, 7, 9, 4], [1, *range(20, 35)]]
+    texts = {}
+    for original_length in (8, 7):
+        for name, factors in (("short", short), ("long", [8.0] * 4)):
+            scaling = {
+                "kind": "longrope", "short_factors": short, "long_factors": factors,
+                "original_length": original_length, "factor": 4.0,
+            }  # fmt: skip
+            rotary = {"kind": "rotary", "scaling": scaling}
+            parts = {"attention": {"rotary": rotary}}
+            config = tiny_config({"model": {"tie_embeddings": False, "parts": parts}})
+            params = dict(tiny_state(config).params)
+            params["head"] = 10 * params["head"]
+            said = generate_tokens(config, params, prompts, 12, context=8)
+            texts[original_length, name] = said
+    assert texts[8, "long"] == texts[8, "short"]
+    assert texts[7, "long"] != texts[7, "short"]
+
+
 def test_a_stop_token_ends_its_text_alone(generate, drawn):
     stop = drawn[0][2]
     expected = [text[: text.index(stop)] if stop in text else text for text in drawn]

@@ -219,8 +219,11 @@ class Writer:
         sees_prompt: bool,
     ) -> Prompts:
         """The tokens to read as `Prompts` of `length` places, with data on the tokens before."""
-        rows, seen, rooms = zip(*((text.row, text.seen, text.room) for text in texts), strict=True)
-        prompts = prompts_of(seen, rows, length, rooms, encoder, sees_prompt)
+        rows, seen = zip(*((text.row, text.seen) for text in texts), strict=True)
+        # The last token of a full text is not read.
+        longest = self.context or max(text.most for text in texts)
+        lengths = [min(len(text.seen) + text.room, longest) for text in texts]
+        prompts = prompts_of(seen, rows, length, lengths, encoder, sees_prompt)
         before_B, seen_BV = np.zeros_like(prompts.sample_B), None
         for i, text in enumerate(texts):
             before_B[i] = text.start
@@ -248,11 +251,11 @@ def prompts_of(
     texts: Sequence[Sequence[int]],
     numbers: Sequence[int],
     length: int,
-    rooms: Sequence[int],
+    lengths: Sequence[int],
     encoder: EncoderInputs | None,
     sees_prompt: bool = False,
 ) -> Prompts:
-    """Texts as arrays of `length` places; each text may grow by its number in `rooms`.
+    """Texts as arrays of `length` places; each text may grow to its length in `lengths`.
 
     An empty text is a row of padding, and such rows fill the batch up. `sees_prompt` makes the
     tokens of a text see each other in both directions.
@@ -261,7 +264,7 @@ def prompts_of(
     tokens_BL, segments_BL = np.zeros((2, batch, length), np.int32)
     sample_B, lengths_B = np.zeros((2, batch), np.int32)
     for i, text in enumerate(texts):
-        sample_B[i], lengths_B[i] = numbers[i], len(text) + rooms[i]
+        sample_B[i], lengths_B[i] = numbers[i], lengths[i]
         tokens_BL[i, length - len(text) :] = text
         segments_BL[i, length - len(text) :] = 1
     in_prefix_BL = segments_BL > 0 if sees_prompt else None
