@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax import Call
 from moe_jax.config import MeshConfig, from_config_dict, to_dict
-from moe_jax.models.multi_token import MultiToken, later_weights, shift
+from moe_jax.models.multi_token import MultiToken, later_call, later_weights, shift
 from moe_jax.parallel.batches import from_whole
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.planning.flops import count_flops
@@ -29,6 +29,14 @@ DROPLESS = {
     "bias": {"kind": "sign", "rate": 0.01},
     "losses": {"load_balance": {"kind": "load_balance", "weight": 0.01}},
 }
+
+
+@pytest.mark.parametrize(("k", "tokens", "previous"), [(1, [12, 13, 14, 0], 11), (4, [0] * 4, 14)])
+def test_the_first_token_of_a_module_has_the_token_before_it(k, tokens, previous):
+    """Routers that hash two tokens read it."""
+    call = Call(tokens_BL=jnp.array([[11, 12, 13, 14]])).with_defaults(jnp.zeros((1, 4, 8)))
+    later = later_call(call, k)
+    assert (later.tokens_BL.tolist(), later.previous_B.tolist()) == ([tokens], [previous])
 
 
 def make(model=None, **moe):

@@ -227,9 +227,11 @@ def later_call(call: Call, k: int) -> Call:
     """
     tokens_BL, positions_BL, segments_BL = call.tokens_BL, call.positions_BL, call.segments_BL
     assert tokens_BL is not None and positions_BL is not None and segments_BL is not None
+    previous_B = tokens_BL[:, k - 1] if k <= tokens_BL.shape[1] else call.previous_B
     return dataclasses.replace(
         call,
         tokens_BL=shift(tokens_BL, k),
+        previous_B=previous_B,
         positions_BL=shift(positions_BL, k),
         segments_BL=jnp.where(in_one_document(segments_BL, k), segments_BL, 0),
         rng=None if call.rng is None else jax.random.fold_in(call.rng, 2**31 - k),
