@@ -159,6 +159,15 @@ def test_models_of_one_config_that_were_not_trained_are_not_seeds(tmp_path, faul
     assert note.endswith("a_0, a_1.")
 
 
+def test_runs_in_the_place_of_their_own_sources_are_compared(tmp_path):
+    """The first was moved to where its source was, which is gone; the others start from it."""
+    first = tmp_path / "tuned" / "a_0"
+    for seed, bits in enumerate((2.0, 2.2)):
+        settings = started_from(first, seed)
+        make_run(tmp_path / "tuned" / f"a_{seed}", bits, settings=settings)
+    assert len(comparison_of(tmp_path / "tuned").entries) == 2
+
+
 def test_the_same_config_and_seed_twice_is_no_spread(tmp_path):
     make_run(tmp_path / "a", 2.0)
     make_run(tmp_path / "b", 2.0)

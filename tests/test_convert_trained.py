@@ -128,6 +128,15 @@ def test_an_origin_goes_on_through_every_command(imported, tmp_path):
     assert origin_of_run(trained(sparse, tmp_path / "on_it")) == others
 
 
+def test_a_run_in_the_place_of_its_own_source_has_lost_it(imported, tmp_path, caplog):
+    base = shutil.copytree(imported, tmp_path / "base")
+    run = trained(base, tmp_path / "run")
+    shutil.rmtree(base)
+    run.rename(base)
+    assert origin_of_run(base) == {}
+    assert f"There is no {base} any more" in caplog.text
+
+
 def test_what_was_made_needs_its_source_no_more_and_what_was_trained_says_so(
     imported, tmp_path, caplog
 ):

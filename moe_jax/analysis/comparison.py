@@ -5,6 +5,7 @@ different held-out text. Runs that differ only in their seeds are one line of a 
 """
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -392,16 +393,22 @@ def without_seeds(settings: Settings, source: Callable[[str], str]) -> str:
     return json.dumps(copy(settings, "config"), sort_keys=True)
 
 
-def source_without_seeds(path: str) -> str:
-    """The settings of the run in a directory, except its seeds; the path if it was not trained."""
+def source_without_seeds(path: str, above: frozenset[pathlib.Path] = frozenset()) -> str:
+    """The settings of the run in a directory, except its seeds; the path if it was not trained.
+
+    A run in `above`, those that started from this one, took the place of a source that is gone.
+    """
     directory = pathlib.Path(path)
+    below = above | {directory.resolve()}
     if not (directory / RUN_FILE).is_file() or (directory / IMPORTED_FILE).exists():
         return path  # imported and made models of one config may differ in more than seeds
+    if below == above:
+        return path
     try:
         settings = resolved(read_json(directory / CONFIG_FILE), only_results=True)
     except (ValueError, OSError):
         return path
-    return without_seeds(settings, source_without_seeds)
+    return without_seeds(settings, functools.partial(source_without_seeds, above=below))
 
 
 def mean(values: Sequence[float]) -> float | None:

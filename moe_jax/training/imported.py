@@ -77,17 +77,25 @@ def save_state(
     write_atomically(workdir / IMPORTED_FILE, json_text(origin, indent=2) + "\n")
 
 
-def origin_of_run(workdir: pathlib.Path) -> dict[str, Any]:
+def origin_of_run(
+    workdir: pathlib.Path, above: frozenset[pathlib.Path] = frozenset()
+) -> dict[str, Any]:
     """The facts that an export needs from the import that a run is based on.
 
     The import is found through `init_from` and the source of a made model, over any number of runs.
+
+    Args:
+      workdir: of the run.
+      above: the runs that are based on this one. A run that took the place of one of its own
+        sources names itself; that source is gone.
 
     Returns:
       Those of `family`, `settings` of a config.json, `dtypes` of tensors, and `source` that hold
       for the run. `source` holds only for the import itself and its quantised copies, since other
       runs have other parameters. {} if the run is based on no import.
     """
-    if not workdir.is_dir():
+    below = above | {workdir.resolve()}
+    if not workdir.is_dir() or below == above:
         logger.warning(
             "There is no %s any more: what was imported with it, such as ids of special tokens and "
             "dtypes, is not in what is written. Bring it back, or correct config.json.", workdir,
@@ -98,13 +106,13 @@ def origin_of_run(workdir: pathlib.Path) -> dict[str, Any]:
         given = recorded_run(workdir)[0].get("init_from", {})
         if not given.get("path"):
             return {}
-        return origin_of_trained(origin_of_run(pathlib.Path(given["path"])), given)
+        return origin_of_trained(origin_of_run(pathlib.Path(given["path"]), below), given)
     origin: dict[str, Any] = read_json(path)
     if "made_by" not in origin:
         return origin
     if INHERITED in origin:
         return dict(origin[INHERITED])
-    return inherited(origin_of_run(pathlib.Path(origin["source"])), origin["made_by"])
+    return inherited(origin_of_run(pathlib.Path(origin["source"]), below), origin["made_by"])
 
 
 def origin_of_trained(origin: Mapping[str, Any], init_from: Mapping[str, Any]) -> dict[str, Any]:
