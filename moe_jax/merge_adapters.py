@@ -15,8 +15,6 @@ from moe_jax import command_line
 
 def main() -> None:
     """Reads a checkpoint and writes the merged model."""
-    import jax.numpy as jnp
-
     from moe_jax.convert import plain
     from moe_jax.files import require_absent
     from moe_jax.finetune.made import save_made
@@ -33,7 +31,7 @@ def main() -> None:
         )
     step = int(state.step)
     merged, params = plain(config, state.params)
-    state = state._replace(step=jnp.zeros_like(state.step), params=params, opt_state=())
+    state = state._replace(params=params, opt_state=())
     save_made(workdir, merged, state, output, {"made_by": "merge_adapters", "step": step})
     print(f"step {step} of {workdir} is in {output}, without adapters")
 

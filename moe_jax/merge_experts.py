@@ -32,10 +32,8 @@ def main() -> None:
     )  # fmt: skip
     load = source.outputs.load if values.weights == "load" else None
     remodel = merge_experts(source.config, load)
-    state = made.make(
-        source, remodel, jax.random.key(0),
-        optimizer_state=values.optimizer_state, position=values.position,
-    )  # fmt: skip
+    key = jax.random.key(0)
+    state = made.make(source, remodel, key, optimizer_state=values.optimizer_state)
     print(made.describe_names(remodel), end="")
     for old, new in remodel.origins:
         layers = ", ".join(map(str, source.config.model.layers_of[old]))

@@ -47,15 +47,13 @@ def main() -> None:
     source = made.open_source(
         workdir, output, command_line.mesh_of_flag(), values.step,
         trust=values.trust, moments=values.optimizer_state, num_batches=values.batches,
-        check=check_dropped,
+        check=check_kept,
     )  # fmt: skip
     kept = experts_to_keep(source)
     remodel = prune_experts(source.config, kept)
     lines = description(source, kept)
-    state = made.make(
-        source, remodel, jax.random.key(0),
-        optimizer_state=values.optimizer_state, position=values.position,
-    )  # fmt: skip
+    key = jax.random.key(0)
+    state = made.make(source, remodel, key, optimizer_state=values.optimizer_state)
     print(lines)
     apart = made.compare(source, remodel, state)
     print(made.judge(source, apart, allow_change=values.allow_change, fix=FIX))
@@ -68,17 +66,31 @@ def main() -> None:
     print(f"{output} is the smaller model of {workdir}")
 
 
-def check_dropped(config: "ExperimentConfig") -> None:
-    """Checks --drop against a model, or without it, that the model has experts.
+def check_kept(config: "ExperimentConfig") -> None:
+    """Checks --drop and --keep against a model, and that its experts can be dropped.
 
     Raises:
-      ValueError: an expert number does not exist, or too few experts are left.
+      ValueError: an expert number does not exist, or too few or all experts are left.
     """
+    import numpy as np
+
     from moe_jax.finetune.downcycle import prune_experts, routed_parts, without_experts
 
-    routed_parts(config.model)
-    if flags.FLAGS.drop:
-        prune_experts(config, without_experts(config.model, list(map(int, flags.FLAGS.drop))))
+    values, model = flags.FLAGS, config.model
+    num_experts = {name: moe.num_experts for name, moe in routed_parts(model).items()}
+    require(
+        not values.keep or values.keep < max(num_experts.values()),
+        "an expert must be dropped",
+        f"--keep={values.keep} keeps all of {num_experts}",
+        "Lower --keep",
+    )
+    kept: Load = {
+        name: np.tile(np.arange(min(values.keep or count, count)), (len(model.layers_of[name]), 1))
+        for name, count in num_experts.items()
+    }
+    if values.drop:
+        kept = without_experts(model, list(map(int, values.drop)))
+    prune_experts(config, kept)
 
 
 def experts_to_keep(source: "Source") -> "Load":
@@ -106,10 +118,8 @@ def experts_to_keep(source: "Source") -> "Load":
     require(
         bool(fewer),
         "an expert must be dropped",
-        f"--keep={values.keep} keeps all of them"
-        if values.keep
-        else f"in some layer all of them are used by {source.outputs.num_tokens} tokens",
-        "Lower --keep" if values.keep else "Pass --drop or --keep, and perhaps --allow_change",
+        f"in some layer all of them are used by {source.outputs.num_tokens} tokens",
+        "Pass --drop or --keep, and perhaps --allow_change",
     )
     return {part: kept[part] for part in fewer}
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Reads a checkpoint, quantises it, and writes it."""
-    import jax.numpy as jnp
-
     from moe_jax.config import to_dict
     from moe_jax.files import require_absent
     from moe_jax.finetune.made import save_made
@@ -35,7 +33,7 @@ def main() -> None:
     config, state = load_run(workdir, step=values.step, trust=values.trust)
     config = quantised_config(config, how)
     step, params, before = int(state.step), state.params, num_bytes(state.params)
-    state = state._replace(step=jnp.zeros_like(state.step), params=None, opt_state=())
+    state = state._replace(params=None, opt_state=())
     params = quantised_params(params, config.model.plain_specs(), how)
     state = state._replace(params=params)
     origin = {"made_by": "quantise", "step": step, "quantisation": to_dict(how)}

@@ -44,10 +44,8 @@ def main() -> None:
         check=lambda config: upcycle(config, upcycling),
     )  # fmt: skip
     remodel = upcycle(source.config, upcycling)
-    state = made.make(
-        source, remodel, jax.random.key(values.seed),
-        optimizer_state=values.optimizer_state, position=values.position,
-    )  # fmt: skip
+    key = jax.random.key(values.seed)
+    state = made.make(source, remodel, key, optimizer_state=values.optimizer_state)
     print(made.describe_names(remodel) + description(remodel))
     apart = made.compare(source, remodel, state)
     print(made.judge(source, apart, allow_change=values.allow_change, fix=FIX))
@@ -176,8 +174,9 @@ def define_flags() -> None:
         lower_bound=0.0,
     )  # fmt: skip
     flags.DEFINE_integer(
-        "seed", 0, "Random seed of the router and of redrawn weights.", lower_bound=0
-    )
+        "seed", 0, "Random seed of the router and of redrawn weights.",
+        lower_bound=0, upper_bound=2**32 - 1,
+    )  # fmt: skip
     define_remodel_flags()
 
 
@@ -185,9 +184,6 @@ def define_remodel_flags() -> None:
     """Defines the flags of every command that makes one model from another."""
     flags.DEFINE_boolean(
         "optimizer_state", False, "Carry moments of the optimizer, made as parameters are."
-    )
-    flags.DEFINE_boolean(
-        "position", False, "Carry the step: the position in the data and in the schedule."
     )
     flags.DEFINE_boolean("allow_change", False, "Write the model even if its logits change.")
     command_line.define_mesh_flag()

@@ -1,6 +1,7 @@
 """Sparse models made dense, and experts dropped: by hand, and cases where this is exact."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from moe_jax.finetune.downcycle import (
 )
 from moe_jax.finetune.made import describe_names
 from moe_jax.finetune.moments import remodelled_optimizer
-from moe_jax.finetune.preservation import TOLERANCE, Outputs, difference
+from moe_jax.finetune.preservation import TOLERANCE, Outputs, check_preserved, difference
 from moe_jax.finetune.remodel import remodelled, remodelled_state
 from moe_jax.finetune.upcycle import Upcycling, upcycle
 from moe_jax.finetune.ways import Shared
@@ -104,6 +105,26 @@ def test_each_layer_drops_its_own_experts(sparse):
     old_XEMH = experts_of(state.params)
     np.testing.assert_array_equal(experts_of(params)[0], old_XEMH[0, jnp.array([1, 2])])
     np.testing.assert_array_equal(experts_of(params)[1], old_XEMH[1, jnp.array([0, 3])])
+
+
+def test_experts_of_multi_token_modules_alone_are_left_as_they_are():
+    modules = {"depth": 1, "layer": ("attention", "other")}
+    parts = {"other": {"kind": "moe", "num_experts": 3, "expert_dim": 8}}
+    config = tiny_config({"model": {"multi_token": modules, "parts": parts}})
+    kept = without_experts(config.model, [0])
+    assert {name: kept_XE.tolist() for name, kept_XE in kept.items()} == {"moe": [[1, 2, 3]] * 2}
+    for remodel in (prune_experts(config, kept), merge_experts(config)):
+        assert remodel.new.model.part["other"] == config.model.part["other"]
+
+
+def test_a_logit_that_is_nan_is_a_difference(sparse):
+    """In any batch: `max` of Python forgets a NaN that does not come first."""
+    logits = [np.ones((4, 3)), np.ones((4, 3))]
+    broken = [np.ones((4, 3)), np.full((4, 3), np.nan)]
+    old, new = SimpleNamespace(logits=logits), SimpleNamespace(logits=broken)
+    assert difference(old, old) == 0
+    with pytest.raises(ValueError, match="differ by nan"):
+        check_preserved(difference(old, new), allow_change=True, fix="Mend it.")
 
 
 def test_the_mean_is_weighted_by_load(sparse):
@@ -254,6 +275,10 @@ def test_what_cannot_be_made_is_refused(sparse):
     for dropped, left in (([0, 1, 2], 1), ([0, 1, 2, 3], 0)):
         with pytest.raises(ValueError, match=rf"'moe' keeps {left}, a token selects 2\. Raise"):
             prune_experts(config, without_experts(config.model, dropped))
+    settings = {"router": {"kind": "soft"}, "group_size": 16, "run_experts": "auto"}
+    soft = tiny_config({"model": {"stack": {"allow_lookahead": True}, "parts": {"moe": settings}}})
+    with pytest.raises(ValueError, match="only if tokens choose among them; the slots of Soft MoE"):
+        prune_experts(soft, without_experts(soft.model, [0]))
     gated = tiny_config(tiny_moe(shared_expert_dim=8, shared_expert_gate=True))
     with pytest.raises(ValueError, match="the shared expert has no gate"):
         merge_experts(gated)

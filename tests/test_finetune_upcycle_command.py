@@ -63,10 +63,10 @@ def test_a_run_becomes_a_sparse_run_with_its_moments_and_its_step(dense, tmp_pat
     assert re.search(r"preserved: logits of 32 held-out tokens differ by [\d.e-]+ of", said)
     config, state = load_run(tmp_path / "new", moments=True)
     assert config.model.layers_of == {"attention": (0, 1), "mlp": (0,), "moe": (1,)}
-    assert int(state.step) == 0 and state.opt_state == ()
+    assert int(state.step) == 7 and state.opt_state == ()
     assert read_json(tmp_path / "new" / IMPORTED_FILE)["made_by"] == "upcycle"
 
-    goes_on = ["--optimizer_state", "--position", f"--output={tmp_path / 'goes_on'}"]
+    goes_on = ["--optimizer_state", f"--output={tmp_path / 'goes_on'}"]
     assert main([*arguments, *goes_on]) == 0
     _, state = load_run(tmp_path / "goes_on", moments=True)
     assert int(state.step) == 7 and int(state.opt_state[3].count) == 1
@@ -192,12 +192,11 @@ def test_what_preserves_a_model_is_named_for_gates_that_do_not_sum_to_one():
 @pytest.mark.parametrize("command", ["merge_experts", "prune_experts"])
 def test_fewer_experts_go_on_with_their_moments_and_the_step(dense, tmp_path, command):
     sparse, fewer = tmp_path / "sparse", tmp_path / "fewer"
-    carried = ["--optimizer_state", "--position"]
-    assert (
-        main(["upcycle", f"--workdir={dense}", f"--output={sparse}", "--experts=4", *carried]) == 0
-    )
+    carried = "--optimizer_state"
+    into = f"--output={sparse}"
+    assert main(["upcycle", f"--workdir={dense}", into, "--experts=4", carried]) == 0
     drop = ["--drop=1"] if command == "prune_experts" else []
-    assert main([command, f"--workdir={sparse}", f"--output={fewer}", *drop, *carried]) == 0
+    assert main([command, f"--workdir={sparse}", f"--output={fewer}", *drop, carried]) == 0
     _, state = load_run(fewer, moments=True)
     assert int(state.step) == 7 and int(state.opt_state[1].count) == 1
     layer = state.opt_state[1].mu["stack"]["unit"]["0"]

@@ -70,7 +70,7 @@ def start(config: ExperimentConfig, arm: str, workdir: pathlib.Path) -> None:
         "Correct its overrides",
     )
     key = jax.random.key(config.seed)
-    state = made.make(source, remodel, key, optimizer_state=True, position=True)
+    state = made.make(source, remodel, key, optimizer_state=True)
     apart = made.compare(source, remodel, state)
     made.judge(source, apart, allow_change=arm == "drop", fix="Correct the arm")
     made.save(source, remodel, state, workdir, {"made_by": "upcycle", "difference": apart})

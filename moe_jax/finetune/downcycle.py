@@ -124,12 +124,12 @@ def merge_experts(config: ExperimentConfig, load: Load | None = None) -> Remodel
 
 
 def routed_parts(model: LanguageModel) -> dict[str, Any]:
-    """The MoE blocks among the parts of a model, by name.
+    """The MoE blocks among the parts of a model, by name; not those of multi-token modules alone.
 
     Raises:
       ValueError: there is none.
     """
-    found = {name: part for name, part in dict(model.parts).items() if part.routes}
+    found = {name: part for name, part in model.moe_parts.items() if name in dict(model.parts)}
     require(
         bool(found),
         "the model must have parts that route tokens to experts",
@@ -210,8 +210,8 @@ def prune_experts(config: ExperimentConfig, kept: Mapping[str, np.ndarray]) -> R
       kept: by part, the numbers of the experts that each layer keeps, [X, E'].
 
     Raises:
-      ValueError: a token would select more experts than are left, or a multi-token module uses the
-        part too.
+      ValueError: a token would select more experts than are left, a multi-token module uses the
+        part too, or the router mixes tokens into slots.
     """
     model = config.model
     parts: dict[str, Part] = dict(model.parts)
@@ -225,6 +225,13 @@ def prune_experts(config: ExperimentConfig, kept: Mapping[str, np.ndarray]) -> R
             "Start a run with --config.model.multi_token=None from this one, and prune that",
         )
         moe: Any = model.part[name]
+        require(
+            not moe.router.mixes,
+            "experts can be dropped only if tokens choose among them; the slots of Soft MoE depend "
+            "on the number of experts",
+            f"part {name!r} has router={moe.router}",
+            "Leave it whole",
+        )
         selected = max(moe.num_selected(training) for training in (True, False))
         require(
             kept_XE.shape[1] >= selected,

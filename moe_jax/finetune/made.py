@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax.config import ExperimentConfig, InitFrom, MeshConfig, read_config
@@ -106,16 +105,17 @@ def make(
     key: jax.Array,
     *,
     optimizer_state: bool = False,
-    position: bool = False,
 ) -> TrainState:
-    """The state of the new model; deletes arrays of the source.
+    """The state of the new model, at the step of the source; deletes arrays of the source.
+
+    What a model does may depend on its step, such as an annealed temperature. A run that starts
+    from the model begins at step 0 unless `init_from.data_position` is set.
 
     Args:
       source: the old model.
       remodel: both models.
       key: random key for new parameters.
       optimizer_state: whether to carry moments.
-      position: whether to carry the step, and so the position in the data and the learning rate.
 
     Raises:
       ValueError: the source has no optimizer state, or the mesh does not split the new model.
@@ -130,14 +130,11 @@ def make(
     inference_rows(remodel.new, mesh)  # the mesh splits the new model
     opt_state: Any = ()
     if optimizer_state:
-        opt_state = remodelled_optimizer(
-            remodel, state.opt_state, state.params, key, mesh, counts=position
-        )
+        opt_state = remodelled_optimizer(remodel, state.opt_state, state.params, key, mesh)
     source.state = state._replace(opt_state=(), params=None)
     params = remodelled(remodel, state.params, key, mesh, donate=True)
     model_state = remodelled_state(remodel, state.model_state, key)
-    step = state.step if position else jnp.zeros_like(state.step)
-    return TrainState(step, params, opt_state, model_state, state.key_data)
+    return TrainState(state.step, params, opt_state, model_state, state.key_data)
 
 
 def describe_names(remodel: Remodel) -> str:

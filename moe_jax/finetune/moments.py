@@ -11,7 +11,7 @@ from moe_jax.finetune.remodel import Path, Remodel, leaves_with_path, made_of, p
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.training.optimizers import make_optimizer
 from moe_jax.training.placement import axes_of_moment
-from moe_jax.training.state import abstract_state, trained_params, with_schedule_at
+from moe_jax.training.state import abstract_state, trained_params
 
 # Optimizer states that contain parameters, not moments: averages, and Schedule-Free's z.
 PARAMETERS = ("average", "z")
@@ -51,7 +51,7 @@ def kept_of(path: tuple[Any, ...], parameters: Any) -> Kept | None:
 
 
 def remodelled_optimizer(
-    remodel: Remodel, opt_state: Any, params: Any, key: jax.Array, mesh: Mesh, *, counts: bool
+    remodel: Remodel, opt_state: Any, params: Any, key: jax.Array, mesh: Mesh
 ) -> Any:
     """The optimizer state of the new model: moments are carried and copied as parameters are.
 
@@ -65,13 +65,10 @@ def remodelled_optimizer(
         the new parameter.
       key: the same as for the parameters.
       mesh: of both.
-      counts: whether the schedule of the learning rate continues; else it starts again.
 
     Raises:
       ValueError: the optimizer's state has arrays that cannot be carried.
     """
-    if not counts:
-        opt_state = with_schedule_at(opt_state, 0)
     old = dict(leaves_with_path(opt_state))
     old_params = {path_of(path): array for path, array in leaves_with_path(params)}
     specs = {path_of(path): spec for path, spec in leaves_with_path(remodel.new.model.specs())}

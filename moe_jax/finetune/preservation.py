@@ -119,10 +119,13 @@ class Outputs:
 
 
 def difference(old: Outputs, new: Outputs) -> float:
-    """The largest difference of two logits, divided by the old model's largest absolute logit."""
+    """The largest difference of two logits, divided by the old model's largest absolute logit.
+
+    NaN if a logit is NaN.
+    """
     pairs = list(zip(old.logits, new.logits, strict=True))
-    largest = max(float(np.abs(before).max()) for before, _ in pairs)
-    apart = max(float(np.abs(before - after).max()) for before, after in pairs)
+    largest = float(np.max([np.abs(before).max() for before, _ in pairs]))
+    apart = float(np.max([np.abs(before - after).max() for before, after in pairs]))
     return apart / largest if largest else apart
 
 
