@@ -174,13 +174,26 @@ def test_a_sparse_run_becomes_dense_again_and_loses_experts(dense, tmp_path, cap
     assert load_run(fewer)[0].model.part["moe"].num_experts == 3
 
 
-@pytest.mark.parametrize(("keep", "fix"), [(9, "Lower --keep"), (None, "Pass --drop or --keep")])
-def test_it_is_said_why_no_expert_is_dropped(monkeypatch, keep, fix):
-    values = SimpleNamespace(drop=[], keep=keep)
+def test_it_is_said_why_no_expert_is_dropped(monkeypatch):
+    values = SimpleNamespace(drop=[], keep=None)
     monkeypatch.setattr(prune_experts, "flags", SimpleNamespace(FLAGS=values))
     outputs = SimpleNamespace(load={"moe": np.ones((2, 4))}, num_tokens=32)
-    with pytest.raises(ValueError, match=rf"an expert must be dropped: .*\. {fix}"):
+    with pytest.raises(ValueError, match=r"an expert must be dropped: .*\. Pass --drop or --keep"):
         prune_experts.experts_to_keep(SimpleNamespace(config=tiny_config(), outputs=outputs))
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (4, r"--keep=4 keeps all of \{'moe': 4\}\. Lower --keep"),
+        (1, r"'moe' keeps 1, a token selects 2\. Raise --keep"),
+    ],
+)
+def test_a_number_to_keep_is_checked_by_the_config_alone(monkeypatch, keep, message):
+    values = SimpleNamespace(drop=[], keep=keep)
+    monkeypatch.setattr(prune_experts, "flags", SimpleNamespace(FLAGS=values))
+    with pytest.raises(ValueError, match=message):
+        prune_experts.check_kept(tiny_config())
 
 
 def test_what_preserves_a_model_is_named_for_gates_that_do_not_sum_to_one():
