@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -257,6 +258,10 @@ def check_values(own: Sequence[str]) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name} is a finite number: --{name}={value}. Correct it.")
         for text in value if isinstance(value, list) else [value]:
+            if text == "" and name not in TEXT_FLAGS and flags.FLAGS[name].default != "":
+                raise ValueError(
+                    f"--{name} is not empty: --{name}=. Give a value, or leave it out."
+                )
             if isinstance(text, str) and name not in TEXT_FLAGS:
                 require_local(f"--{name}", text)
         if isinstance(value, str) and value.startswith("~/") and name not in TEXT_FLAGS:
@@ -272,14 +277,30 @@ def require_folder(flag: str, path: str) -> None:
     _require_writable(f"--{flag} is a folder", f"--{flag}={path}", path)
 
 
-def require_file(flag: str, path: str) -> None:
+def require_file(flag: str, path: str, replaces: str | None = None) -> None:
     """Refuses an output file that cannot be written, before the work begins.
+
+    Args:
+      flag: name of the flag.
+      path: its value.
+      replaces: how an earlier output of the command begins, a regular expression. No other file is
+        replaced. "": none is. None: the command itself decides.
 
     Raises:
       ValueError: with the path that prevents it.
     """
-    if pathlib.Path(path).is_dir():
+    file = pathlib.Path(path)
+    if file.is_dir():
         raise ValueError(f"--{flag} is a file: --{flag}={path} is a folder. Name a file in it.")
+    if replaces is not None and file.exists():
+        with file.open("rb") as stream:
+            begins = stream.read(10_000).decode(errors="replace")
+        if not replaces or not re.match(replaces, begins):
+            earlier = " or one that this command wrote" if replaces else ""
+            raise ValueError(
+                f"--{flag} is a new file{earlier}: --{flag}={path} is another. Name a new one, or "
+                "remove it."
+            )
     _require_writable(f"--{flag} is a file in a folder", f"--{flag}={path}", os.path.dirname(path))
 
 

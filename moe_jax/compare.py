@@ -74,15 +74,10 @@ def run(
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     print(said(comparison, pairs, width))
     if csv:
-        file = pathlib.Path(csv)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        tables = {
-            file: comparison.columns,
-            file.with_stem(f"{file.stem}_means"): comparison.seed_columns,
-            file.with_stem(f"{file.stem}_pairs"): pairs.columns,
-        }
-        for path, columns in tables.items():
+        tables = (comparison.columns, comparison.seed_columns, pairs.columns)
+        for path, columns in zip(csv_files(csv), tables, strict=True):
             if columns:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, csv_text(columns))
                 print(f"wrote {path}")
     if out:
@@ -90,11 +85,18 @@ def run(
         print(f"wrote {page} and {FIGURE_FILE}")
 
 
+def csv_files(name: str) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
+    """The files of the three tables: of the runs, of means over seeds, of pairs of seeds."""
+    file = pathlib.Path(name)
+    return file, file.with_stem(f"{file.stem}_means"), file.with_stem(f"{file.stem}_pairs")
+
+
 def main(paths: Sequence[str]) -> None:
     """Compares the runs that the command line names."""
     values = flags.FLAGS
     if values.csv:
-        command_line.require_file("csv", values.csv)
+        for file in csv_files(values.csv):
+            command_line.require_file("csv", str(file), "run,")
     if values.out:
         command_line.require_folder("out", values.out)
     run(paths, values.sort, values.csv, values.out, values.baseline)

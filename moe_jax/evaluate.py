@@ -244,7 +244,7 @@ def main() -> None:
     names = [field.name for field in dataclasses.fields(Options)]
     options = Options(**{name: getattr(values, name) for name in names})
     if values.output:
-        command_line.require_file("output", values.output)
+        command_line.require_file("output", values.output, r'\{\s*"step": \d+,\s*"text": "')
     questions = read_questions(options.choices) if options.choices else []
     workdir = pathlib.Path(values.workdir)
     config, state = load_run(workdir, command_line.mesh_of_flag(), options.step, trust=values.trust)

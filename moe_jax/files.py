@@ -9,10 +9,15 @@ from collections.abc import Iterator
 
 
 def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
-    """Replaces a file; a killed process leaves the old content or the new content."""
+    """Replaces a file; a failure or a killed process leaves the old content or the new content."""
     temporary = path.with_name(f".{path.name}.tmp")
-    write_synced(temporary, content)
-    temporary.replace(path)
+    try:
+        write_synced(temporary, content)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_synced(path: pathlib.Path, content: str | bytes) -> None:
@@ -30,15 +35,22 @@ def sha256_of(path: pathlib.Path) -> str:
 
 
 def require_absent(path: pathlib.Path) -> None:
-    """Refuses a path that exists, unless it is an empty directory.
+    """Refuses a path that exists, except an empty directory, or that cannot be made.
 
     Raises:
-      ValueError: the path exists.
+      ValueError: the path exists, or its folder cannot be made or written to.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    is_there = path.exists() or path.is_symlink()
+    if is_there and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(
             f"Output must go to a new directory: {path} is there already. Name another, or remove "
             "it."
+        )
+    folder = next(each for each in path.absolute().parents if each.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        why = "cannot be written to" if folder.is_dir() else "is a file"
+        raise ValueError(
+            f"Output must go to a new directory: {folder} {why}, {path}. Name another place."
         )
 
 

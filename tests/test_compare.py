@@ -419,6 +419,17 @@ def test_the_csv_file_has_numbers_in_full_and_every_run(tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 1, "no means without several seeds"
 
 
+def test_a_file_of_another_kind_is_not_replaced(tmp_path, capsys):
+    workdir = make_run(tmp_path / "a", 2.0)
+    before = (workdir / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit):
+        command.command([str(workdir), f"--csv={workdir / 'metrics.jsonl'}"])
+    assert "--csv is a new file or one that this command wrote" in capsys.readouterr().err
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    for _ in range(2):
+        assert command.command([str(workdir), f"--csv={tmp_path / 'runs.csv'}"]) == 0
+
+
 def test_means_and_pairs_have_csv_files_of_their_own(tmp_path):
     for seed, bits in enumerate((2.0, 2.2, 2.7)):
         make_run(tmp_path / f"low_{seed}", bits, settings=learning_rate(0.001, seed=seed))

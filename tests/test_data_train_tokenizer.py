@@ -64,7 +64,18 @@ def test_nothing_is_left_of_a_training_that_a_document_or_a_person_stops(tmp_pat
     monkeypatch.setattr(train_tokenizer, "_balanced_texts", stop)
     with pytest.raises(KeyboardInterrupt):
         train(out / "a.model")
-    assert not list(out.iterdir())
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "a.model"])
+def test_a_file_that_is_there_is_neither_read_as_text_nor_replaced(tmp_path, capsys, name):
+    file = tmp_path / name
+    file.write_text("a text of mine\n" * 2000)
+    with pytest.raises(SystemExit):
+        train_tokenizer.command([f"--corpus={file}", "--vocab_size=300", f"--out={file}"])
+    assert f"--out is a new file: --out={file} is another. Name" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert file.read_text() == "a text of mine\n" * 2000
 
 
 def test_the_command_writes_a_model(tmp_path):

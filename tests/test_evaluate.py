@@ -184,6 +184,11 @@ def test_inference_has_its_own_batch(score, finished, tmp_path, capsys):
         (["--mesh=dta=2"], "Did you mean 'data'"),
         (["--text=launch"], r"launch has none\. Name the files, or pass --corpus"),
         (["--output=tests"], "--output=tests is a folder"),
+        (
+            ["--output=README.md"],
+            "--output is a new file or one that this command wrote: --output=R",
+        ),
+        (["--text="], "--text is not empty"),
         (["--context=8"], "--context needs --choices"),
         (["--choices=a.jsonl", "--text=a.txt"], "--choices=a.jsonl beside --text"),
         (["--choices=setup.py"], "setup.py line 1 is '"),

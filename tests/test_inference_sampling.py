@@ -17,6 +17,13 @@ def kept(logits_BV=LOGITS_BV, seen_BV=None, **settings):
     return np.round(100 * jax.nn.softmax(logits_BV[0])).astype(int).tolist()
 
 
+def test_a_temperature_that_float32_cannot_divide_by_is_refused():
+    """By 1e-6 the likeliest token is left; the logits are of a sure model."""
+    assert kept(1000 * LOGITS_BV, temperature=1e-6) == [100, 0, 0, 0, 0]
+    with pytest.raises(ValueError, match=r"temperature=1e-40\. Use 0 for the likeliest token"):
+        Sampling(temperature=1e-40)
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import sentencepiece
 from absl import flags
 
+from moe_jax import command_line
 from moe_jax.command_line import Command
 from moe_jax.config import DataConfig
 from moe_jax.config.check import require
@@ -23,6 +24,7 @@ from moe_jax.data.corpora import open_corpus
 from moe_jax.data.documents import HELDOUT, TRAIN, Corpus, heldout_digests, text_digest
 from moe_jax.data.records import Fields
 from moe_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from moe_jax.files import write_atomically
 
 # 256 bytes, pad, bos, eos, unk, newline and tab, and room for some merges.
 _MIN_VOCAB_SIZE = 300
@@ -43,7 +45,7 @@ def train(
 
     Args:
         corpus: what to train on.
-        path: the .model file; replaced if it exists.
+        path: the .model file; replaced if it exists, once the tokenizer is trained.
         vocab_size: number of ids, in [300, 65536].
         heldout_fraction: share of the corpus that is held out and not trained on.
         max_bytes: UTF-8 bytes to train on, in equal shares per domain.
@@ -63,12 +65,6 @@ def train(
     require(0 <= heldout_fraction < 1, "--heldout_fraction lies in [0, 1)",
             f"--heldout_fraction={heldout_fraction:g}", "Correct it")  # fmt: skip
     require(max_bytes > 0, "--max_mb must be above 0", f"--max_mb={max_bytes / 1e6:g}", "Raise it")
-    require(not pathlib.Path(path).is_dir(), "--out must name a file", f"--out={path} is a folder",
-            "Name a file, such as bpe8192.model")  # fmt: skip
-    # Checks that the file can be written, before minutes of training.
-    partial = pathlib.Path(f"{path}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.touch()
     model, num_bytes = io.BytesIO(), 0
 
     def counted() -> Iterator[str]:
@@ -97,16 +93,17 @@ def train(
             num_threads=os.cpu_count(),
             minloglevel=2,
         )
-        partial.write_bytes(model.getvalue())
-        partial.replace(path)
     except RuntimeError as error:
+        require(num_bytes > 0, "A tokenizer needs text to train on", f"{corpus.name!r} has none",
+                "Name another corpus")  # fmt: skip
         raise ValueError(
             "The vocabulary must hold the characters of the text, and the text must yield the "
             f"merges of the vocabulary: --vocab_size={vocab_size}, {num_bytes} bytes of "
             f"{corpus.name!r}. {_fix(str(error))}."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    file = pathlib.Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, model.getvalue())
     return SentencePieceTokenizer(path)
 
 
@@ -138,6 +135,7 @@ def _balanced_texts(corpus: Corpus, heldout_fraction: float, max_bytes: int) -> 
 def main() -> None:
     """Trains a tokenizer and prints its held-out bytes per token."""
     options = flags.FLAGS
+    command_line.require_file("out", options.out, replaces="")
     # Checked like the settings of a run.
     data = DataConfig(
         corpus=options.corpus,

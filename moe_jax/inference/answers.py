@@ -160,7 +160,9 @@ class RouteFiles:
           ValueError: with the name of a file. With `goes_on`, the file of row `first` may exist,
             since a kill can happen between writing it and writing the answer.
         """
-        found = {path.name for path in self.folder.glob("*.npz")}
+        there = self.folder.iterdir() if self.folder.is_dir() else ()
+        # A kill leaves a hidden partial file.
+        found = {path.name for path in there if not path.name.startswith(".")}
         known = {name_of(row) for row in range(first)}
         for what, names in (
             ("lacks", known - found),

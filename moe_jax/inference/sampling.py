@@ -5,7 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from moe_jax.config.check import require
 from moe_jax.config.settings import Settings, setting
+
+LEAST_TEMPERATURE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,15 @@ class Sampling(Settings):
     top_k: int = setting(0, at_least=0)  # only the k likeliest tokens; 0: all
     top_p: float = setting(1.0, above=0, at_most=1)  # the fewest likeliest with this probability
     min_p: float = setting(0.0, at_least=0, at_most=1)  # minimum share of the highest probability
+
+    def check(self) -> None:
+        """See `Settings`."""
+        require(
+            self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE,
+            f"temperature is 0 or at least {LEAST_TEMPERATURE}, or float32 overflows",
+            f"temperature={self.temperature}",
+            "Use 0 for the likeliest token",
+        )
 
 
 def filtered(logits_BV: jax.Array, seen_BV: jax.Array | None, sampling: Sampling) -> jax.Array:
