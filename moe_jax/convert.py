@@ -7,7 +7,6 @@ directory that PEFT loads. `docs/models.md` lists the families.
 """
 
 import dataclasses
-import json
 import pathlib
 import shutil
 import sys
@@ -199,8 +198,10 @@ def bring_tokenizer(
 
 def special_tokens(folder: pathlib.Path) -> dict[str, str]:
     """data.bos_token and data.eos_token, if the model names them."""
+    from moe_jax.training.files import read_json
+
     path = folder / "tokenizer_config.json"
-    written = json.loads(path.read_text()) if path.is_file() else {}
+    written = read_json(path) if path.is_file() else {}
     found = {}
     for name in ("bos_token", "eos_token"):
         token = written.get(name)
@@ -244,10 +245,15 @@ def loaded(workdir: pathlib.Path) -> LoadedRun:
 
 def export(workdir: pathlib.Path, target: pathlib.Path) -> None:
     """Writes the newest checkpoint of a run, or the one at --step, in Hugging Face layout."""
-    from moe_jax.interchange.family import trusted
+    from moe_jax.files import require_absent
+    from moe_jax.interchange.family import named_family, trusted
     from moe_jax.interchange.write import to_hf
 
-    values, run = flags.FLAGS, loaded(workdir)
+    values = flags.FLAGS
+    require_absent(target)
+    if values.family:
+        named_family(values.family)
+    run = loaded(workdir)
     to_hf(
         run.config,
         run.params,

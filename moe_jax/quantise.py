@@ -19,17 +19,20 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Reads a checkpoint, quantises it, and writes it."""
-    from moe_jax.config import to_dict
+    from moe_jax.config import ExperimentConfig, read_config, to_dict
     from moe_jax.files import require_absent
     from moe_jax.finetune.made import save_made
     from moe_jax.models.wrapping import quantised_params
     from moe_jax.training.saved import load_run
+    from moe_jax.training.workdir import recorded_run
     from moe_jax.weights.quantised import Quantisation
 
     values = flags.FLAGS
     workdir, output = pathlib.Path(values.workdir), pathlib.Path(values.output)
     how = Quantisation(tuple(values.names), values.bits, values.group_size)
     require_absent(output)
+    if record := recorded_run(workdir, values.step)[0]:  # without one, `load_run` refuses it
+        quantised_config(read_config(record, ExperimentConfig, trust=values.trust), how)
     config, state = load_run(workdir, step=values.step, trust=values.trust)
     config = quantised_config(config, how)
     step, params, before = int(state.step), state.params, num_bytes(state.params)

@@ -261,6 +261,23 @@ def test_a_file_that_is_cut_is_named(tmp_path):
         read_run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: (path / "run.json").write_text("{}"),
+        lambda path: (path / "metrics.jsonl").write_text('{"step":1,"moe/layer_0/expert_load":3}'),
+        lambda path: (path / "metrics.jsonl").write_text('{"step":1,"train/loss":"x"}'),
+    ],
+    ids=["record", "load", "loss"],
+)
+def test_other_content_is_refused_and_nothing_is_written(tmp_path, change):
+    make_run(tmp_path, num_steps=10)
+    change(tmp_path)
+    with pytest.raises(ValueError, match=r"Bring back a copy|not convert string to float: 'x'"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report").exists()
+
+
 def test_layers_of_several_parts_are_in_the_order_of_the_model(tmp_path):
     """Four experts in layers 1, 2 and 100; six experts in layers 0 and 2."""
     make_run(tmp_path, layers=(1,), num_experts=4, num_steps=200)

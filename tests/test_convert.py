@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import moe_jax
+from moe_jax import convert
 from moe_jax.__main__ import main
 from moe_jax.data import open_tokenizer_of
 from moe_jax.data.corpora import open_corpus
@@ -170,6 +171,33 @@ def test_a_failed_import_leaves_nothing(model, tmp_path, capsys):
         main(["convert", f"--from-hf={broken}", f"--workdir={tmp_path / 'run'}"])
     assert "is cut" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b"\xff"])
+def test_a_damaged_file_of_the_tokenizer_is_named(model, tmp_path, capsys, content):
+    broken = shutil.copytree(model, tmp_path / "hf")
+    (broken / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(SystemExit):
+        main(["convert", f"--from-hf={broken}", f"--workdir={tmp_path / 'run'}"])
+    said = capsys.readouterr().err
+    assert "tokenizer_config.json is damaged" in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_an_output_or_a_family_that_cannot_be_is_refused_before_the_model_is_read(
+    run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(convert, "loaded", lambda *_: pytest.fail("the model was read"))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("")
+    for flags, message in (
+        ([f"--to-hf={tmp_path / 'there'}"], "is there already"),
+        ([f"--to-hf={tmp_path / 'there' / 'file' / 'new'}"], "is a file"),
+        ([f"--to-hf={tmp_path / 'new'}", "--family=mixtrall"], "mixtrall"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["convert", f"--workdir={run}", *flags])
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

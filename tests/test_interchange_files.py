@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax.files import whole_or_absent
+from moe_jax.files import require_absent, whole_or_absent
 from moe_jax.interchange.rules import LINEAR, Inserted, Merged, Rule
 from moe_jax.interchange.tensor_files import INDEX, ONE_FILE, TensorFiles, ToWrite, write_tensors
 from moe_jax.parallel.mesh import make_mesh
@@ -99,6 +99,43 @@ def test_a_cut_file_is_named_with_the_tensor(model):
 def test_a_file_that_is_none_is_named(model, content):
     (model / ONE_FILE).write_bytes(content)
     refused(model, ONE_FILE)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        3,
+        {"dtype": "F32", "shape": [2], "data_offsets": "ab"},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 4, 8]},
+        {"dtype": "F32", "shape": "ab", "data_offsets": [0, 8]},
+        {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]},
+    ],
+    ids=str,
+)
+def test_an_entry_of_another_type_is_named_with_its_file(model, entry):
+    text = json.dumps({GATE: entry}).encode()
+    (model / ONE_FILE).write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(ValueError, match=re.escape(GATE)) as caught:
+        TensorFiles(model)
+    assert str(model / ONE_FILE) in str(caught.value)
+
+
+def test_a_header_that_is_a_list_is_named(model):
+    (model / ONE_FILE).write_bytes((4).to_bytes(8, "little") + b"[{}]" + bytes(8))
+    refused(model, ONE_FILE, "is not a safetensors file")
+
+
+@pytest.mark.parametrize("change", [{"rope_parameters": "x"}, {"text_config": 3}])
+def test_a_setting_of_another_type_is_named_with_its_file(model, change):
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | change))
+    if "rope_parameters" in change:
+        refused(model, "config.json", "a type that mixtral does not have")
+    else:
+        moe_jax.from_hf(model)  # Mixtral has no such setting
+    (model / "config.json").write_text("[" * 100_000)
+    refused(model, "config.json", "is not valid JSON")
 
 
 def test_an_index_that_points_nowhere_is_named(model):
@@ -210,6 +247,16 @@ def test_an_existing_directory_is_not_overwritten(whole, model):
     config, params = moe_jax.from_hf(whole)
     with pytest.raises(ValueError, match="there already"):
         moe_jax.to_hf(config, params, model)
+
+
+def test_a_place_that_cannot_be_a_directory_is_refused_first(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"/file is a file, .*/file/new\. Name another place"):
+        require_absent(tmp_path / "file" / "new")
+    with pytest.raises(ValueError, match="link is there already"):
+        require_absent(tmp_path / "link")
+    require_absent(tmp_path / "some" / "new")
 
 
 def test_on_a_mesh_each_device_reads_its_own_part(whole):

@@ -52,7 +52,8 @@ def write_gguf(path, tensors, architecture="llama", expert_count=0, **others):
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(["<end>", "a", "b", "1", "ab", "\u0120"])
     writer.add_token_types([3, 1, 1, 1, 1, 1])
-    writer.add_token_merges(["a b"])
+    # The second applies to nothing, like the one that an export of the byte tokenizer has.
+    writer.add_token_merges(["a b", "\u4e00 \u4e00"])
     for name, value in tensors.items():
         writer.add_tensor(name, value)
     writer.write_header_to_file()

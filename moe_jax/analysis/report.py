@@ -157,37 +157,40 @@ def write_report(directory: str | pathlib.Path) -> pathlib.Path:
       The path of report.md.
 
     Raises:
-      ValueError: see `read_run`.
+      ValueError: see `read_run`; or a file has other content than a run writes. Nothing is written.
     """
     run = read_run(directory)
-    closing = [_facts(run), _config(run), _sample(run)]  # a refused config writes nothing
+    try:
+        drawn = FIGURES if run.layers else {"loss": FIGURES["loss"]}
+        pngs = {name: _png(run, draw(run)) for name, (_, draw) in drawn.items()}
+        shown = {
+            name: f"![{title}]({name}.png)" if pngs[name] else ""
+            for name, (title, _) in drawn.items()
+        }
+        sections = [_heading(run), _result(run), shown.pop("loss")]
+        if run.layers:
+            sections += ["## Routing", *shown.values(), _layer_table(run)]
+        sections += [_facts(run), _config(run), _sample(run)]
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"a report needs the files that a run wrote: in {directory}, {METRICS_FILE}, "
+            f"{RUN_FILE} or {EVALUATION_FILE} has other content ({error!r}). Bring back a copy."
+        ) from error
     place = pathlib.Path(directory) / REPORT
     place.mkdir(exist_ok=True)
-    sections = [_heading(run), _result(run), _figure(run, place, "loss", "Loss", _draw_loss)]
-    if run.layers:
-        sections += [
-            "## Routing",
-            _figure(run, place, "expert_load", "Expert load by layer", _draw_load),
-            _figure(run, place, "domain_experts", "Experts of each domain", _draw_domains),
-            _figure(run, place, "router", "Drops, entropy, fullest expert", _draw_router),
-            _layer_table(run),
-        ]
-    sections += closing
+    for name, png in pngs.items():
+        if png is None:
+            (place / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
+        else:
+            (place / f"{name}.png").write_bytes(png)
     path = place / "report.md"
     path.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
     return path
 
 
-def _figure(
-    run: Run, place: pathlib.Path, name: str, title: str, draw: Callable[[Run], Figure | None]
-) -> str:
-    """Saves a figure and returns the line that shows it; without a figure, removes an old one."""
-    path, figure = place / f"{name}.png", draw(run)
-    if figure is None:
-        path.unlink(missing_ok=True)
-        return ""
-    path.write_bytes(png_bytes(stamp(figure, run.ways["dropless"].mark)))
-    return f"![{title}]({path.name})"
+def _png(run: Run, figure: Figure | None) -> bytes | None:
+    """A figure as a file, with the mark of the run."""
+    return None if figure is None else png_bytes(stamp(figure, run.ways["dropless"].mark))
 
 
 def _draw_loss(run: Run) -> Figure:
@@ -371,6 +374,15 @@ def _sample(run: Run) -> str:
     if run.sample is None:
         return ""
     return f"## Sample\n\n{fenced(run.sample.rstrip())}"
+
+
+# By name: the title, and the function that draws it; None if the run has no such metrics.
+FIGURES: dict[str, tuple[str, Callable[[Run], Figure | None]]] = {
+    "loss": ("Loss", _draw_loss),
+    "expert_load": ("Expert load by layer", _draw_load),
+    "domain_experts": ("Experts of each domain", _draw_domains),
+    "router": ("Drops, entropy, fullest expert", _draw_router),
+}
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -109,7 +109,8 @@ class Family:
             settings = self.settings(model)
             again = spelled_out(self.model(Reader(settings)))
         except (KeyError, AttributeError, ValueError, TypeError, AssertionError) as error:
-            said = str(error) if isinstance(error, ValueError) else f"{error!r}."
+            said = f"it has no {error}." if isinstance(error, KeyError) else f"{error!r}."
+            said = str(error) if isinstance(error, ValueError) else said
             raise ValueError(
                 f"a model can be written as {self.name} only if it has its parts: {said}"
             ) from error

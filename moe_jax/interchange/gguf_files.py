@@ -158,8 +158,10 @@ def tokenizer_json(file: GGUFFile) -> str:
         "Put the model's tokenizer.json beside the file",
     )
     tokens = known["tokenizer.ggml.tokens"]
-    merges = [tuple(pair.split(" ", 1)) for pair in known["tokenizer.ggml.merges"]]
     vocab = {token: i for i, token in enumerate(tokens)}
+    merges = [tuple(pair.split(" ", 1)) for pair in known["tokenizer.ggml.merges"]]
+    # A file may have a merge of no tokens: llama.cpp refuses a list without any.
+    merges = [pair for pair in merges if {*pair, "".join(pair)} <= vocab.keys()]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     digits = [pre_tokenizers.Digits(individual_digits=True)] if PRE_TOKENIZERS[pre] else []

@@ -69,7 +69,13 @@ def from_hf(
     settings = read_settings(path)
     table = named_family(family) if family else load_family(str(settings.get("model_type")))
     files = table.opened(TensorFiles(path))
-    model = table.read(settings, files.tensors)
+    try:
+        model = table.read(settings, files.tensors)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path / CONFIG} has a setting of a type that {table.name} does not have: {error}. "
+            "Correct it, or download the file again."
+        ) from error
     params = read_parameters(files, table, model, dtype, mesh)
     length = min(int(settings.get("max_position_embeddings") or 2048), 2048)
     objective = load_kind("objective", "span_corruption" if model.has_encoder else "causal_lm")()
@@ -89,7 +95,7 @@ def read_settings(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"a model's directory must have a {CONFIG}: there is none in {path}.")
     try:
         settings = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}. Download it again.") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{file} must be an object of settings: it is {type(settings).__name__}.")

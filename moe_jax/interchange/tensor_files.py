@@ -186,28 +186,33 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
             )
         text = file.read(length)
     try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        tensors = {name: stored(path, one, 8 + length, size, name) for name, one in header.items()}
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, LookupError) as error:
+        header = dict(json.loads(text).items())
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} is not a safetensors file: its header cannot be read ({error}). Download it "
             "again."
         ) from error
-    return tensors
+    header.pop("__metadata__", None)
+    return {name: stored(path, one, 8 + length, size, name) for name, one in header.items()}
 
 
 def stored(
     path: pathlib.Path, entry: Mapping[str, Any], data_start: int, size: int, name: str
 ) -> Stored:
     """One entry of a header, checked against the size of the file."""
-    if entry["dtype"] not in DTYPES:
+    try:
+        kind, shape = str(entry["dtype"]), tuple(map(int, entry["shape"]))
+        begin, end = map(int, entry["data_offsets"])
+    except (TypeError, ValueError, LookupError) as error:
         raise ValueError(
-            f"the dtype of {name} in {path} is {entry['dtype']}: known are {list(DTYPES)}. "
-            "Convert it first."
+            f"{path} is damaged: its header has no dtype, shape and data_offsets of {name} that "
+            f"can be read ({error!r}). Download it again."
+        ) from error
+    if kind not in DTYPES:
+        raise ValueError(
+            f"the dtype of {name} in {path} is {kind}: known are {list(DTYPES)}. Convert it first."
         )
-    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
+    dtype = DTYPES[kind]
     wanted = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if end - begin != wanted or begin < 0:
         raise ValueError(
