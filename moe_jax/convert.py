@@ -8,7 +8,6 @@ directory that PEFT loads. `docs/models.md` lists the families.
 
 import dataclasses
 import pathlib
-import shutil
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -69,6 +68,7 @@ def bring_in(source: pathlib.Path, workdir: pathlib.Path, mode: str) -> None:
     """Creates a run directory from a model, completely or not at all."""
     import jax
 
+    from moe_jax.convert_tokenizer import bring_tokenizer
     from moe_jax.files import whole_or_absent
     from moe_jax.interchange.gguf_files import from_gguf
     from moe_jax.interchange.leaves import STATE
@@ -137,80 +137,6 @@ def origin_of(source: pathlib.Path, config: "ExperimentConfig", mode: str) -> di
     return {"family": family, "source": str(source), "settings": others, "dtypes": dtypes}
 
 
-def bring_tokenizer(
-    source: pathlib.Path, workdir: pathlib.Path, mode: str
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Copies the model's tokenizer.
-
-    A model without a readable tokenizer gets the byte tokenizer, with a warning that gives the
-    reason. Its files are kept for an export.
-
-    Returns:
-      The fields of the data config, with the tokenizer as a path relative to the workdir; and the
-      tokenizer's sha256, {} for bytes.
-
-    Raises:
-      ValueError: the package that reads the tokenizer is not installed.
-    """
-    import logging
-
-    from moe_jax.config.json_text import json_text
-    from moe_jax.data.tokenizers import open_tokenizer
-    from moe_jax.interchange.gguf_files import GGUFFile, tokenizer_config, tokenizer_json
-    from moe_jax.training.imported import TOKENIZER, copy_tokenizer
-
-    folder = workdir / TOKENIZER
-    beside = source if source.is_dir() else source.parent
-    names, warn = copy_tokenizer(beside, folder), logging.getLogger(__name__).warning
-    found = [one for one in ("tokenizer.json", "tokenizer.model") if one in names]
-    if not found and mode == "from_gguf":
-        try:
-            file = GGUFFile(source)
-            text = tokenizer_json(file)
-            folder.mkdir(exist_ok=True)
-            (folder / "tokenizer.json").write_text(text)
-            (folder / "tokenizer_config.json").write_text(json_text(tokenizer_config(file)) + "\n")
-            found = ["tokenizer.json"]
-        except (ValueError, ImportError) as error:
-            warn("The tokenizer cannot be read: %s", error)
-    special = special_tokens(folder)
-    for name in found:
-        try:
-            tokenizer = open_tokenizer(str(folder / name), **special)
-        except ValueError as error:
-            if isinstance(error.__context__, ImportError):  # not the model, a missing package
-                raise
-            warn("%s cannot be used: %s", name, str(error).replace(str(folder), str(beside)))
-            continue
-        fields = {"tokenizer": f"{TOKENIZER}/{name}", **special}
-        return fields, {"tokenizer": tokenizer.fingerprint()}
-    if "tiktoken.model" in names:
-        warn(
-            "tiktoken.model is kept and not read: how it splits a text, and which ids are special, "
-            "is in the model's own code. As tiktoken:PATH a text may get other ids.",
-        )  # fmt: skip
-    warn(
-        "There is no usable tokenizer in %s: data.tokenizer is byte. Write the path of one into "
-        "config.json.", beside,
-    )  # fmt: skip
-    return {"tokenizer": "byte"}, {}
-
-
-def special_tokens(folder: pathlib.Path) -> dict[str, str]:
-    """data.bos_token and data.eos_token, if the model names them."""
-    from moe_jax.training.files import read_json
-
-    path = folder / "tokenizer_config.json"
-    written = read_json(path) if path.is_file() else {}
-    found = {}
-    for name in ("bos_token", "eos_token"):
-        token = written.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        if token:
-            found[name] = str(token)
-    return found
-
-
 class LoadedRun(NamedTuple):
     """A run loaded for export to another layout.
 
@@ -229,14 +155,17 @@ class LoadedRun(NamedTuple):
 
 def loaded(workdir: pathlib.Path) -> LoadedRun:
     """Loads the newest checkpoint of a run, or the one at --step."""
+    from moe_jax.finetune.remodel import dense_model
     from moe_jax.interchange.leaves import STATE
+    from moe_jax.models.wrapping import describe_dense
     from moe_jax.training.imported import origin_of_run
     from moe_jax.training.saved import load_run
 
     values = flags.FLAGS
     mesh = command_line.mesh_of_flag()
     config, state = load_run(workdir, mesh, values.step, trust=values.trust)
-    config, whole = plain(config, state.params)
+    print(describe_dense(config.model), end="")
+    config, whole = dense_model(config, state.params)
     params = dict(whole)
     if state.model_state:
         params[STATE] = state.model_state
@@ -245,6 +174,7 @@ def loaded(workdir: pathlib.Path) -> LoadedRun:
 
 def export(workdir: pathlib.Path, target: pathlib.Path) -> None:
     """Writes the newest checkpoint of a run, or the one at --step, in Hugging Face layout."""
+    from moe_jax.convert_tokenizer import ends_of_documents, write_tokenizer
     from moe_jax.files import require_absent
     from moe_jax.interchange.family import named_family, trusted
     from moe_jax.interchange.write import to_hf
@@ -260,58 +190,21 @@ def export(workdir: pathlib.Path, target: pathlib.Path) -> None:
         target,
         family=trusted(values.family, run.origin.get("family", "")),
         dtype=values.dtype or run.origin.get("dtypes"),
-        settings={**ends_of_documents(run), **run.origin.get("settings", {})},
+        settings={**ends_of_documents(run.config, run.origin), **run.origin.get("settings", {})},
     )
     write_tokenizer(run.config, workdir, target)
     print(f"step {run.step} of {workdir} is in {target}")
 
 
-def ends_of_documents(run: LoadedRun) -> dict[str, int]:
-    """The bos and eos ids of the run's tokenizer for a config.json; none if the import has ids."""
-    from moe_jax.data import open_tokenizer_of
-
-    known = any(name.endswith("token_id") for name in run.origin.get("settings", {}))
-    if known or (run.origin and run.config.data.tokenizer == "byte"):  # as a stand-in
-        return {}
-    tokenizer = open_tokenizer_of(run.config.data)
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-
-
-def write_tokenizer(
-    config: "ExperimentConfig", workdir: pathlib.Path, target: pathlib.Path
-) -> None:
-    """Copies the run's tokenizer, the files beside it, and the chat template."""
-    import logging
-
-    from moe_jax.data.tokenizers import form_and_path
-    from moe_jax.training.imported import TOKENIZER, TOKENIZER_FILES, copy_tokenizer
-
-    _, path = form_and_path(config.data.tokenizer)
-    given = pathlib.Path(path).expanduser()
-    if not given.is_file():  # bytes; an import may have kept tokenizer files that we cannot read
-        names = copy_tokenizer(workdir / TOKENIZER, target)
-        if path and given.name not in names:
-            logging.getLogger(__name__).warning(
-                "The tokenizer of the run is not written: there is no %s. Copy it to %s.",
-                given, target,
-            )  # fmt: skip
-    elif given.name in TOKENIZER_FILES:
-        copy_tokenizer(given.parent, target)
-    else:
-        shutil.copyfile(given, target / given.name)
-    for name in config.data.objective.file_settings:
-        own = pathlib.Path(getattr(config.data.objective, name)).expanduser()
-        if own.suffix:  # the run was trained with its own template file
-            shutil.copyfile(own, target / f"{name}.jinja")
-
-
 def export_gguf(workdir: pathlib.Path, target: pathlib.Path) -> None:
     """Writes the newest checkpoint of a run, or the one at --step, as a GGUF file."""
+    from moe_jax.convert_tokenizer import words_of
     from moe_jax.interchange.gguf_write import check_target, to_gguf
 
     check_target(target)
     values, run = flags.FLAGS, loaded(workdir)
-    words, recorded = words_of(workdir, run), run.origin.get("family", "")
+    words = words_of(workdir, run.config, run.step)
+    recorded = run.origin.get("family", "")
     to_gguf(
         run.config,
         run.params,
@@ -322,30 +215,6 @@ def export_gguf(workdir: pathlib.Path, target: pathlib.Path) -> None:
         context_length=(run.origin.get("settings") or {}).get(LENGTH, 0),
     )
     print(f"step {run.step} of {workdir} is {target}, in {values.format}")
-
-
-def words_of(workdir: pathlib.Path, run: LoadedRun) -> dict[str, Any]:
-    """The tokenizer for llama.cpp, set to encode prompts as in training."""
-    from moe_jax.data import open_tokenizer_of
-    from moe_jax.data.objectives.supervised import Supervised
-    from moe_jax.interchange.gguf_vocabulary import vocabulary
-    from moe_jax.training.files import read_json
-    from moe_jax.training.imported import IMPORTED_FILE
-
-    tokenizer, objective = open_tokenizer_of(run.config.data), run.config.data.objective
-    chat = objective.template(tokenizer) if isinstance(objective, Supervised) else None
-    path = workdir / IMPORTED_FILE
-    origin = read_json(path) if run.step == 0 and path.exists() else {}
-    as_imported = bool(origin) and "made_by" not in origin
-    words = vocabulary(
-        tokenizer.name, tokenizer.bos_id, tokenizer.eos_id, run.config.model.vocab_size,
-        as_file=chat is not None or as_imported,
-    )  # fmt: skip
-    if chat is not None:
-        begin = objective.prompt_ids(tokenizer, "a")[:1]
-        words["tokenizer.ggml.add_bos_token"] = begin == [tokenizer.bos_id]
-        words["tokenizer.chat_template"] = chat.source
-    return words
 
 
 def export_adapters(workdir: pathlib.Path, target: pathlib.Path) -> None:
@@ -381,30 +250,6 @@ def model_under(config: "ExperimentConfig", workdir: pathlib.Path) -> pathlib.Pa
         trained = recorded_run(pathlib.Path(origin["source"]))[0]
         path = trained.get("init_from", {}).get("path", "")
     return pathlib.Path(path).expanduser() if path else workdir
-
-
-def plain(config: "ExperimentConfig", params: Any) -> tuple["ExperimentConfig", Any]:
-    """The model as plain float32 arrays; prints what was quantised or adapted."""
-    from moe_jax.config import InitFrom
-    from moe_jax.models.wrapping import dense_params, plain_model
-
-    how, adapters = config.model.quantisation, config.model.adapters
-    if how is not None:
-        print(f"weights of {how.bits} bits ({', '.join(how.names)}) are written as floats")
-    if adapters is not None:
-        print(f"adapters ({', '.join(adapters.names)}) are merged into their matrices")
-    if how is None and adapters is None:
-        return config, params
-    config = dataclasses.replace(
-        config,
-        model=plain_model(config.model),
-        # These may name parts that the plain model lacks.
-        optimizer=dataclasses.replace(
-            config.optimizer, trainable=("all",), frozen=(), learning_rates=()
-        ),
-        init_from=InitFrom(),
-    )
-    return config, dense_params(params)
 
 
 def define_flags() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.__main__ import main
 from moe_jax.config import DataConfig, ExperimentConfig, InitFrom
-from moe_jax.convert import write_tokenizer
+from moe_jax.convert_tokenizer import write_tokenizer
 from moe_jax.data.objectives.supervised import Supervised
 from moe_jax.finetune.made import save_made
 from moe_jax.interchange.tensor_files import ONE_FILE, write_tensors

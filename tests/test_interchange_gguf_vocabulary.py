@@ -9,7 +9,7 @@ import pytest
 from benchmarks.llama_cpp import LlamaCpp
 from moe_jax.__main__ import main
 from moe_jax.config import ExperimentConfig
-from moe_jax.convert import LoadedRun, words_of
+from moe_jax.convert_tokenizer import words_of
 from moe_jax.data.corpora import open_corpus
 from moe_jax.data.objectives import CausalLM, Supervised
 from moe_jax.data.tokenizers import open_tokenizer
@@ -170,10 +170,10 @@ def test_a_chat_has_the_ids_of_training(model, tmp_path, kind, space, begins):
     turn = "{{ 'learn a' + eos_token + messages[0].content }}"
     template.write_text(("{{ bos_token }}" if begins else "{{ eos_token }}") + turn)
     objective = Supervised(chat_template=str(template))
-    words = words_of(tmp_path, run_of(model, tokenizer, objective))
+    words = words_of(tmp_path, config_of(model, tokenizer, objective), 0)
     assert words["tokenizer.ggml.add_space_prefix"] is space
     assert words["tokenizer.ggml.add_bos_token"] is begins
-    raw = words_of(tmp_path, run_of(model, tokenizer, CausalLM()))
+    raw = words_of(tmp_path, config_of(model, tokenizer, CausalLM()), 0)
     assert raw["tokenizer.ggml.add_space_prefix"] is False
     pytest.importorskip("xllamacpp", reason="no llama.cpp: pip install xllamacpp")
     ids, text = objective.prompt_ids(tokenizer, "a lear"), "learn a</s>a lear"
@@ -184,10 +184,10 @@ def test_a_chat_has_the_ids_of_training(model, tmp_path, kind, space, begins):
         assert theirs.ask([asked])[0]["tokens"] == ids
 
 
-def run_of(model, tokenizer, objective):
-    config, params = model
+def config_of(model, tokenizer, objective):
+    config, _ = model
     data = dataclasses.replace(config.data, tokenizer=tokenizer.name, objective=objective)
-    return LoadedRun(dataclasses.replace(config, data=data), params, 0, {})
+    return dataclasses.replace(config, data=data)
 
 
 @pytest.mark.parametrize(
@@ -199,23 +199,23 @@ def test_an_imported_model_has_the_ids_of_its_tokenizer(model, tmp_path, origin,
     tokenizer = fallback(tmp_path, [tokenizers.normalizers.Prepend("\u2581")])
     if origin is not None:
         (tmp_path / "imported.json").write_text(json.dumps(origin))
-    run = run_of(model, tokenizer, CausalLM())
+    config = config_of(model, tokenizer, CausalLM())
 
-    def said(run):
-        words = words_of(tmp_path, run)
+    def said(step):
+        words = words_of(tmp_path, config, step)
         return [words[f"tokenizer.ggml.add_{name}"] for name in ("space_prefix", "bos_token")]
 
-    assert said(run) == [as_file, not as_file]
-    assert said(run._replace(step=1)) == [False, True]
+    assert said(0) == [as_file, not as_file]
+    assert said(1) == [False, True]
     if as_file:
         made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
         made.post_processor = tokenizers.processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", tokenizer.bos_id)]
         )
         made.save(str(tmp_path / "tokenizer.json"))
-        assert said(run) == [True, True]
+        assert said(0) == [True, True]
         (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
-        assert said(run) == [True, False]
+        assert said(0) == [True, False]
 
 
 def test_what_is_beside_the_tokenizer(tmp_path):

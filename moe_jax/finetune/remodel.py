@@ -23,6 +23,7 @@ from moe_jax.models.layout import LayerNames, StackLayout
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.selection import ALL, marked
 from moe_jax.models.trained import state_by_stack, training_marks, training_specs
+from moe_jax.models.wrapping import dense_params, plain_model
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.parameters import ParameterSpec, init_parameters
 from moe_jax.part import Dims, Part
@@ -254,6 +255,13 @@ def with_model(config: ExperimentConfig, model: LanguageModel) -> ExperimentConf
     rates = tuple(pair for pair in old.learning_rates if pair[0] in names)
     optimizer = dataclasses.replace(optimizer, learning_rates=rates)
     return dataclasses.replace(config, model=model, optimizer=optimizer)
+
+
+def dense_model(config: ExperimentConfig, params: Any) -> tuple[ExperimentConfig, Any]:
+    """The config and float32 parameters without quantised weights and adapters."""
+    if config.model.quantisation is None and config.model.adapters is None:
+        return config, params
+    return with_model(config, plain_model(config.model)), dense_params(params)
 
 
 def with_layers(layout: StackLayout, layers: Sequence[LayerNames]) -> StackLayout:

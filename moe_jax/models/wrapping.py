@@ -95,6 +95,17 @@ def dense_params(params: Any) -> Any:
     )
 
 
+def describe_dense(model: "LanguageModel") -> str:
+    """What `dense_params` does to a model, as lines to print; "" for a plain one."""
+    how, adapters = model.quantisation, model.adapters
+    lines = []
+    if how is not None:
+        lines.append(f"weights of {how.bits} bits ({', '.join(how.names)}) are written as floats\n")
+    if adapters is not None:
+        lines.append(f"adapters ({', '.join(adapters.names)}) are merged into their matrices\n")
+    return "".join(lines)
+
+
 def plain_model(model: "LanguageModel") -> "LanguageModel":
     """The model with plain parameters, as from `dense_params`."""
     return dataclasses.replace(model, quantisation=None, adapters=None)
