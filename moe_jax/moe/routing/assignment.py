@@ -51,7 +51,8 @@ class Sinkhorn(LogitRouter):
 
     def route(self, params: Any, x_GSM: jax.Array, inputs: RouterInputs) -> Routing:
         """See `Router`; without a random key, experts are chosen by their logits."""
-        logits_GSE, clean_GSE, noise_std_GSE = self.logits(params, x_GSM, inputs)
+        logits = self.logits(params, x_GSM, inputs)
+        logits_GSE = logits.logits_GSE
         probs_GSE = jax.nn.softmax(self.score.log_scores(logits_GSE), axis=-1)
         scores_GSE = self.score.scores(logits_GSE, probs_GSE)
         if inputs.replay is None:
@@ -67,11 +68,7 @@ class Sinkhorn(LogitRouter):
             self.score, 1.0 if self.renormalize else None, logits_GSE, scores_GSE, expert_index_GSK,
             jnp.ones(expert_index_GSK.shape, jnp.bool_),
         )  # fmt: skip
-        gate_GSK = jnp.where(chosen_GSK, gate_GSK, 0) * self.scaling_factor
-        return Routing(
-            logits_GSE, probs_GSE, expert_index_GSK, gate_GSK, chosen_GSK,
-            clean_GSE=clean_GSE, noise_std_GSE=noise_std_GSE,
-        )  # fmt: skip
+        return self.routing(logits, probs_GSE, expert_index_GSK, gate_GSK, chosen_GSK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +97,8 @@ class Base(LogitRouter):
 
     def route(self, params: Any, x_GSM: jax.Array, inputs: RouterInputs) -> Routing:
         """See `Router`; without a random key, each token gets its best expert."""
-        logits_GSE, clean_GSE, noise_std_GSE = self.logits(params, x_GSM, inputs)
+        logits = self.logits(params, x_GSM, inputs)
+        logits_GSE = logits.logits_GSE
         affinity_GSE = jax.lax.stop_gradient(logits_GSE).astype(jnp.float32)
         chosen_GSK = jnp.ones((*x_GSM.shape[:2], 1), jnp.bool_)
         if inputs.replay is not None:
@@ -111,12 +109,8 @@ class Base(LogitRouter):
             expert_index_GSK = by_group(balanced_assignment, affinity_GSE, inputs.valid_GS)
             expert_index_GSK = expert_index_GSK[..., None]
         gate_GSK = choose(jax.nn.sigmoid(logits_GSE), expert_index_GSK)
-        gate_GSK = jnp.where(chosen_GSK, gate_GSK, 0) * self.scaling_factor
         probs_GSE = jax.nn.softmax(jax.nn.log_sigmoid(logits_GSE), axis=-1)
-        return Routing(
-            logits_GSE, probs_GSE, expert_index_GSK, gate_GSK, chosen_GSK,
-            clean_GSE=clean_GSE, noise_std_GSE=noise_std_GSE,
-        )  # fmt: skip
+        return self.routing(logits, probs_GSE, expert_index_GSK, gate_GSK, chosen_GSK)
 
 
 def sinkhorn_potentials(logits_SE: jax.Array, valid_S: jax.Array) -> jax.Array:

@@ -104,8 +104,8 @@ class ExpertChoice(LogitRouter):
         Gates are probabilities; at most C tokens choose an expert. In evaluation with a predictor,
         the predicted experts take a token, and the number of tokens per expert has no limit.
         """
-        logits_GSE, clean_GSE, noise_std_GSE = self.logits(params, x_GSM, inputs)
-        probs_GSE = jax.nn.softmax(logits_GSE, axis=-1)
+        logits = self.logits(params, x_GSM, inputs)
+        probs_GSE = jax.nn.softmax(logits.logits_GSE, axis=-1)
         valid_GS1 = inputs.valid_GS[..., None]
         scores_GSE = jnp.where(valid_GS1, jax.lax.stop_gradient(probs_GSE), -1)
         loss_GS = None
@@ -124,11 +124,10 @@ class ExpertChoice(LogitRouter):
         expert_index_GSK, chosen_GSK = best[1], best[0] >= 0
         if inputs.replay is not None:
             expert_index_GSK, chosen_GSK = inputs.replay.expert_index, inputs.replay.chosen
-        gate_GSK = jnp.where(chosen_GSK, choose(probs_GSE, expert_index_GSK), 0)
-        return Routing(
-            logits_GSE, probs_GSE, expert_index_GSK, gate_GSK * self.scaling_factor, chosen_GSK,
-            clean_GSE=clean_GSE, noise_std_GSE=noise_std_GSE, loss_GS=loss_GS,
-        )  # fmt: skip
+        gate_GSK = choose(probs_GSE, expert_index_GSK)
+        return self.routing(
+            logits, probs_GSE, expert_index_GSK, gate_GSK, chosen_GSK, loss_GS=loss_GS
+        )
 
     def predict(self, params: Any, x_GSM: jax.Array) -> jax.Array:
         """Logits [G, S, E] in `dtype`, above 0 if the expert is likely to take the token.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from moe_jax.config.check import require
 from moe_jax.config.kinds import by_kind
 from moe_jax.config.settings import Settings, setting
-from moe_jax.moe.routing import Options, Router, RouterInputs
+from moe_jax.moe.routing import Options, Router, RouterInputs, Routing
 from moe_jax.parameters import (
     ParameterSpec,
     Shared,
@@ -301,3 +301,22 @@ class LogitRouter(Router):
         std_GSE = stds[0] if len(stds) == 1 else jnp.sqrt(variance_GSE)
         draw_GSE = jax.random.normal(jax.random.fold_in(rng, 1), clean_GSE.shape, clean_GSE.dtype)
         return Logits(clean_GSE + std_GSE * draw_GSE, clean_GSE, std_GSE)
+
+    def routing(
+        self,
+        logits: Logits,
+        probs_GSE: jax.Array,
+        expert_index_GSK: jax.Array,
+        gate_GSK: jax.Array,
+        chosen_GSK: jax.Array,
+        **others: Any,
+    ) -> Routing:
+        """The `Routing` of these choices; gates are scaled, and 0 for choices that do not count.
+
+        `others` are further fields of `Routing`.
+        """
+        gate_GSK = jnp.where(chosen_GSK, gate_GSK, 0) * self.scaling_factor
+        return Routing(
+            logits.logits_GSE, probs_GSE, expert_index_GSK, gate_GSK, chosen_GSK,
+            clean_GSE=logits.clean_GSE, noise_std_GSE=logits.noise_std_GSE, **others,
+        )  # fmt: skip

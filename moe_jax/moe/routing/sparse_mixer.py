@@ -49,7 +49,8 @@ class SparseMixer(LogitRouter):
 
     def route(self, params: Any, x_GSM: jax.Array, inputs: RouterInputs) -> Routing:
         """See `Router`; a replayed expert counts as close to the best."""
-        logits_GSE, clean_GSE, noise_std_GSE = self.logits(params, x_GSM, inputs)
+        logits = self.logits(params, x_GSM, inputs)
+        logits_GSE = logits.logits_GSE
         left_GSE = jnp.ones(logits_GSE.shape, jnp.bool_)
         indices, gates = [], []
         for k in range(inputs.options.num_selected):
@@ -63,15 +64,8 @@ class SparseMixer(LogitRouter):
         chosen_GSK = jnp.ones(index_GSK.shape, jnp.bool_)
         if inputs.replay is not None:
             chosen_GSK = inputs.replay.chosen
-        return Routing(
-            logits_GSE,
-            jax.nn.softmax(logits_GSE, axis=-1),
-            index_GSK,
-            jnp.where(chosen_GSK, gate_GSK, 0) * self.scaling_factor,
-            chosen_GSK,
-            clean_GSE=clean_GSE,
-            noise_std_GSE=noise_std_GSE,
-        )
+        probs_GSE = jax.nn.softmax(logits_GSE, axis=-1)
+        return self.routing(logits, probs_GSE, index_GSK, gate_GSK, chosen_GSK)
 
 
 def next_choice(

@@ -116,7 +116,8 @@ class TokenChoice(LogitRouter):
         (DeepSeek-V3, eq. 16); no gradient flows to it. Replayed choices replace the best choices,
         and the gradient reaches the router through their gates.
         """
-        logits_GSE, clean_GSE, noise_std_GSE = self.logits(params, x_GSM, inputs)
+        logits = self.logits(params, x_GSM, inputs)
+        logits_GSE = logits.logits_GSE
         probs_GSE = jax.nn.softmax(self.score.log_scores(logits_GSE), axis=-1)
         scores_GSE = self.score.scores(logits_GSE, probs_GSE)
         num_selected, replay = inputs.options.num_selected, inputs.replay
@@ -130,9 +131,9 @@ class TokenChoice(LogitRouter):
         unbiased_GSK = None
         if inputs.bias_E is not None or self.groups is not None:
             unbiased_GSK = top_k(jax.lax.stop_gradient(logits_GSE), num_selected)[1]
-        return Routing(
-            logits_GSE, probs_GSE, expert_index_GSK, gate_GSK * self.scaling_factor, chosen_GSK,
-            scores_GSE, unbiased_GSK, clean_GSE, noise_std_GSE,
+        return self.routing(
+            logits, probs_GSE, expert_index_GSK, gate_GSK, chosen_GSK,
+            scores_GSE=scores_GSE, unbiased_GSK=unbiased_GSK,
         )  # fmt: skip
 
     def select_by(
@@ -173,7 +174,7 @@ class TokenChoice(LogitRouter):
         expert_index_GSK: jax.Array,
         inputs: RouterInputs,
     ) -> tuple[jax.Array, jax.Array]:
-        """The unscaled gates, 0 for choices that do not count, and which choices count.
+        """The gates of all choices, unscaled, and which choices count.
 
         top_p applies before renormalisation, the policies of later choices after it.
         """
@@ -192,7 +193,7 @@ class TokenChoice(LogitRouter):
         policy = self.eval_choices if inputs.rng is None else self.choices
         if policy is not None and inputs.replay is None:
             chosen_GSK &= policy.counts(gate_GSK, inputs.rng)
-        return jnp.where(chosen_GSK, gate_GSK, 0), chosen_GSK
+        return gate_GSK, chosen_GSK
 
     def check_replay(self) -> None:
         """Checks that recorded choices are enough for a replay."""
