@@ -141,7 +141,9 @@ def test_the_report_says_what_a_bounded_buffer_lost(tmp_path):
     assert text.endswith(f"overflowed in {len(rows) // 2} of {len(rows)} logged steps.")
 
 
-@pytest.mark.parametrize(("layers", "num_experts"), [((1, 3), 8), (tuple(range(12)), 512)])
+@pytest.mark.parametrize(("layers", "num_experts"), [
+    ((1, 3), 8), pytest.param(tuple(range(12)), 512, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_figures_are_small_and_not_empty(tmp_path, layers, num_experts):
     make_run(tmp_path, layers=layers, num_experts=num_experts, num_steps=1500)
     _, images = report_of(tmp_path)

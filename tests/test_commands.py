@@ -156,13 +156,22 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_was_not(finishe
     assert_same_run(workdir, finished)
 
 
-def test_a_signal_saves_says_how_to_go_on_and_exits_with_128_more(tmp_path):
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [signal.SIGTERM],
+        pytest.param([signal.SIGTERM, signal.SIGINT], marks=pytest.mark.slow),
+    ],
+    ids=["SIGTERM", "then Ctrl-C"],
+)
+def test_a_signal_saves_says_how_to_go_on_and_exits_with_128_more(tmp_path, numbers):
     """SIGTERM, as schedulers send it, then Ctrl-C on the resumed run."""
     workdir = tmp_path / "a run"
     no_evaluation = "--config.training.evaluate_every=0"  # a signal would end an evaluation at once
     arguments = ("train", *TINY, ENDLESS, no_evaluation, f"--workdir={workdir}")
     before = 0
-    for number, name in ((signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")):
+    for number in numbers:
+        name = number.name
         log = tmp_path / name
         with Process(log, *arguments) as process:
             process.wait_until(lambda before=before: checkpoint_steps(workdir)[-1:] > [before])

@@ -139,6 +139,7 @@ def test_hard_and_soft_targets_are_mixed_over_microbatches(teacher):
     assert metrics.total_loss == pytest.approx(float(mixed), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_with_weight_0_a_step_is_that_of_plain_training(teacher):
     config, batch = student(teacher, num_microbatches=2, weight=0.0), tiny_batch()
     plain = tiny_config({**DENSE, "training": {"num_microbatches": 2}})
@@ -159,6 +160,7 @@ def test_a_student_that_is_its_teacher_has_no_gradient(tmp_path):
     assert metrics.of_loss["soft_loss"] > 0.1 and metrics.grad_norm > 0.1
 
 
+@pytest.mark.slow
 def test_an_annealed_teacher_has_the_temperature_of_its_step(tmp_path):
     """A teacher that has taken half of the steps of its temperature."""
     hot, end = {"anneal_from": 4.0, "anneal_steps": 10}, tiny_config(tiny_moe())

@@ -153,6 +153,7 @@ def test_a_family_that_cannot_say_the_model_is_refused(tmp_path):
         to_peft(capped, params, tmp_path / "peft")
 
 
+@pytest.mark.slow
 def test_what_an_adapter_cannot_say_is_refused(tmp_path):
     config, params = adapted(tmp_path / "hf", "dbrx", ("experts",))
     with pytest.raises(

@@ -52,6 +52,7 @@ def arrays_of(directory):
     return {name: files.read(name) for name in files.tensors}
 
 
+@pytest.mark.slow
 def test_sides_of_two_lengths_drop_the_tokens_that_transformers_drops(tmp_path):
     settings = {**SIZES, **SHORT["switch"].settings, "model_type": "switch_transformers"}
     names = [one.name for one in written_by_rules(Case(settings))]

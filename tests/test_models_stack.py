@@ -200,7 +200,7 @@ def unrolled():
         (True, "none"),
         pytest.param(True, "dots", marks=pytest.mark.slow),
         pytest.param(True, "full", marks=pytest.mark.slow),
-        (False, "full"),
+        pytest.param(False, "full", marks=pytest.mark.slow),
     ],
 )
 def test_scan_and_remat_change_neither_values_nor_gradients(scan, remat):

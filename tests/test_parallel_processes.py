@@ -281,6 +281,7 @@ def test_one_that_leaves_early_does_not_leave_the_others_hanging():
     assert "Shutdown barrier" in dones[0].said
 
 
+@pytest.mark.slow
 def test_processes_on_cpus_read_no_program_from_the_cache(tmp_path):
     """Cached programs run their collectives in no fixed order: see `_compile_anew_on_cpu`."""
     cache = {

@@ -17,6 +17,8 @@ from tests.parallel_job import LIMIT_SECONDS, Job
 from tests.tiny_run import tiny_flags
 
 TINY = tiny_flags(num_steps=24, checkpoint_every=6, evaluate_every=12, sample_tokens=1)
+# Trains and saves only: each further program compiles for seconds, in each process.
+SHORT = tiny_flags(num_steps=4, checkpoint_every=2, evaluate_every=0, sample_tokens=0)
 MESH = ("--config.mesh.fsdp=2", "--config.mesh.expert=2")
 # Losses are near 5. Sums over devices are in another order, which changes the last bits of a
 # float32, and training carries that on.
@@ -51,7 +53,22 @@ def expected(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_two_processes_train_what_one_does(tmp_path):
+    states = []
+    for count in (1, 2):
+        workdir = tmp_path / str(count)
+        arguments = ("train", *SHORT, *MESH, f"--workdir={workdir}")
+        with Job(tmp_path, count, 4 // count, *arguments) as job:
+            job.succeed()
+        assert checkpoint_steps(workdir) == [2, 4]
+        states.append(load_run(workdir, moments=True)[1])
+    np.testing.assert_allclose(losses(tmp_path / "2"), losses(tmp_path / "1"), rtol=LOSS_TOLERANCE)
+    for one, two in zip(*(jax.tree.leaves(state.params) for state in states), strict=True):
+        np.testing.assert_allclose(two, one, atol=PARAMETER_TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_train_what_one_does(expected, tmp_path, count):
     workdir = tmp_path / "run"
     arguments = ("train", *TINY, *MESH, f"--workdir={workdir}")
@@ -184,18 +201,14 @@ def test_a_model_is_evaluated_and_sampled_on_the_mesh_of_several_processes(expec
     assert "Pass --mesh=data=-1" in job.said(0) and "Pass --mesh=data=-1" in job.said(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("of_all", "of_process_1", "message"),
     [
-        pytest.param(["--config.training.batch_size=6"], [], "batch", marks=pytest.mark.slow),
-        pytest.param(
-            [],
-            ["--config.seed=1"],
-            r"process 1 differs.*config\.seed: 0 -> 1",
-            marks=pytest.mark.slow,
-        ),
+        (["--config.training.batch_size=6"], [], "batch"),
+        ([], ["--config.seed=1"], r"process 1 differs.*config\.seed: 0 -> 1"),
         ([], ["--workdir={elsewhere}"], r"is not in .*elsewhere of .* that all machines share"),
-        pytest.param(["--config.mesh.data=2"], [], r"the mesh has 2 of 4", marks=pytest.mark.slow),
+        (["--config.mesh.data=2"], [], r"the mesh has 2 of 4"),
     ],
 )
 def test_what_cannot_be_is_refused_by_all(tmp_path, of_all, of_process_1, message):

@@ -72,6 +72,7 @@ def test_the_large_model_on_the_pod_it_is_planned_for(capsys):
     assert memory["parameters"] / 4 == experts / 2048 + others / 32 + norms
 
 
+@pytest.mark.slow
 def test_two_thousand_chips_are_swept(capsys):
     assert run(LARGE, Options(json=True, sweep=True, topology="v5p:8x16x16")) == 0
     said = json.loads(capsys.readouterr().out)

@@ -86,7 +86,8 @@ def test_a_finished_run_writes_the_same_sample_again(finished):
         assert after[name] == before[name], name
 
 
-@pytest.mark.parametrize("group_size", [pytest.param(8, marks=pytest.mark.slow), 32])
+@pytest.mark.slow
+@pytest.mark.parametrize("group_size", [8, 32])
 def test_a_run_in_groups_that_are_no_sequence(tmp_path, group_size):
     """Half a sequence, and two sequences: the sample and the counts have no such groups."""
     config = tiny_training(

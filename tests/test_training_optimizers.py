@@ -344,6 +344,7 @@ def test_stacked_parameters_are_transformed_one_by_one():
             np.testing.assert_allclose(update[index], rms, rtol=1e-5, err_msg=str(path))
 
 
+@pytest.mark.slow
 def test_adafactor_trains_repeated_layers_like_layers_one_by_one():
     """Every parameter, including norms and expert biases."""
     layer = ["attention", "moe"]
