@@ -16,15 +16,9 @@ from moe_jax.config import ExperimentConfig
 from moe_jax.data import open_data
 from moe_jax.data.corpora import form_of
 from moe_jax.training.evaluation import evaluate
-from moe_jax.training.files import read_json
+from moe_jax.training.files import EVALUATION_FILE, METRICS_FILE, RUN_FILE, read_json
 from moe_jax.training.loop import train
-from moe_jax.training.metrics import (
-    EVALUATION_FILE,
-    METRICS_FILE,
-    RUN_FILE,
-    read_metrics,
-    training_seconds,
-)
+from moe_jax.training.metrics import read_metrics, training_seconds
 from moe_jax.training.saved import load_run, open_run_data
 
 CURVE = f"heldout/dropless/{LOSS}"

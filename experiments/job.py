@@ -14,7 +14,8 @@ from absl import flags
 from experiments.arm import run_arm
 from experiments.results import read_results, run_of
 from experiments.study import Study, load_study, run_name
-from moe_jax.training.metrics import METRICS_FILE, last_step
+from moe_jax.training.files import METRICS_FILE
+from moe_jax.training.metrics import last_step
 from moe_jax.training.signals import Interrupted
 from moe_jax.user_errors import USER_ERRORS
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from moe_jax.analysis.checkpoint import analyze_run
 from moe_jax.analysis.options import Options
-from moe_jax.training.metrics import METRICS_FILE, read_metrics
+from moe_jax.training.files import METRICS_FILE
+from moe_jax.training.metrics import read_metrics
 from moe_jax.training.saved import load_run
 
 TOKENS = 262_144  # held-out tokens: 1,024 sequences at `small`

@@ -5,9 +5,8 @@ import pathlib
 
 from moe_jax.config import ExperimentConfig, read_config, write_config
 from moe_jax.data import open_data
-from moe_jax.training.files import read_json
+from moe_jax.training.files import CONFIG_FILE, EVALUATION_FILE, read_json
 from moe_jax.training.loop import content_of
-from moe_jax.training.metrics import CONFIG_FILE, EVALUATION_FILE
 from moe_jax.training.workdir import IMPORTED_FILE, changes, recorded_run
 
 # Training settings that do not change the result, but affect what a study can measure.

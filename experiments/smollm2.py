@@ -40,9 +40,9 @@ from moe_jax.config.json_text import json_text
 from moe_jax.data import open_data
 from moe_jax.files import write_atomically
 from moe_jax.training.evaluation import evaluate
-from moe_jax.training.files import read_json
+from moe_jax.training.files import METRICS_FILE, read_json
 from moe_jax.training.loop import train
-from moe_jax.training.metrics import METRICS_FILE, read_metrics
+from moe_jax.training.metrics import read_metrics
 from moe_jax.training.saved import kept_steps, load_run
 from moe_jax.training.signals import Interrupted
 from moe_jax.user_errors import USER_ERRORS, describe

@@ -104,8 +104,7 @@ def with_compute_dtype(config: "ExperimentConfig", dtype: str) -> "ExperimentCon
 
 def print_losses(workdir: pathlib.Path) -> None:
     """Prints the router losses that training would add for an imported model, if any."""
-    from moe_jax.training.files import read_json
-    from moe_jax.training.metrics import CONFIG_FILE
+    from moe_jax.training.files import CONFIG_FILE, read_json
 
     settings = [
         f"--config.model.parts.{name}.losses.{kind}.weight={loss['weight']:g}"

@@ -218,7 +218,7 @@ def write_evaluation(workdir: pathlib.Path, found: dict[str, Any]) -> str:
         What was done, in words.
     """
     from moe_jax.files import write_atomically
-    from moe_jax.training.metrics import EVALUATION_FILE
+    from moe_jax.training.files import EVALUATION_FILE
 
     path = workdir / EVALUATION_FILE
     try:

@@ -65,14 +65,14 @@ class TrainingRun:
 
     def finished_steps(self) -> int:
         """The number of finished steps, from the metrics that it has written."""
-        from moe_jax.training.metrics import METRICS_FILE, last_step
+        from moe_jax.training.files import METRICS_FILE
+        from moe_jax.training.metrics import last_step
 
         return last_step(self.workdir / METRICS_FILE)
 
     def is_finished(self) -> bool:
         """Whether its last state is saved, scored on all held-out text (if at all) and reported."""
-        from moe_jax.training.files import read_json
-        from moe_jax.training.metrics import EVALUATION_FILE, REPORT
+        from moe_jax.training.files import EVALUATION_FILE, REPORT, read_json
         from moe_jax.training.workdir import CHECKPOINTS
 
         if not (self.workdir / REPORT / "report.md").is_file():
@@ -220,8 +220,7 @@ def known_runs(out: pathlib.Path, trust: frozenset[str]) -> dict[pathlib.Path, s
       trust: the kinds whose modules may be imported.
     """
     from moe_jax.analysis.runs import runs_in
-    from moe_jax.training.files import read_json
-    from moe_jax.training.metrics import CONFIG_FILE
+    from moe_jax.training.files import CONFIG_FILE, read_json
 
     found = {}
     for run in runs_in(out):

@@ -34,8 +34,8 @@ def run(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, Any]
     from moe_jax.analysis.report import write_report
     from moe_jax.files import write_atomically
     from moe_jax.planning.arithmetic import summary
+    from moe_jax.training.files import SAMPLE_FILE
     from moe_jax.training.loop import train
-    from moe_jax.training.metrics import SAMPLE_FILE
 
     workdir = pathlib.Path(workdir)
     if jax.process_index() == 0:

@@ -19,7 +19,8 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.part import MoE
 from moe_jax.training.files import read_json
-from moe_jax.training.metrics import MetricWriter, write_run_record
+from moe_jax.training.metrics import MetricWriter
+from moe_jax.training.run_record import write_run_record
 from moe_jax.training.ways import NOTES, SEES
 
 DOMAINS = ("drama", "folio1623", "multilingual", "prose", "python", "speech")

@@ -11,7 +11,7 @@ from moe_jax.config.convert import write_config
 from moe_jax.config.upgrade import FORMAT, upgrade
 from moe_jax.layers.norms import RMSNorm
 from moe_jax.layers.rotary import Rotary
-from moe_jax.training import loop, metrics
+from moe_jax.training import loop, run_record
 from moe_jax.training.files import read_json
 from moe_jax.training.loop import train
 from moe_jax.training.saved import load_run
@@ -127,7 +127,7 @@ def test_a_run_of_format_2_goes_on(tmp_path, monkeypatch, capsys):
         return tiny_training({"optimizer": {"schedule": "constant"}, "training": training})
 
     with monkeypatch.context() as earlier:
-        for module in (metrics, loop):
+        for module in (run_record, loop):
             earlier.setattr(module, "write_config", write_as_before)
         train(config(5), tmp_path / "old")
     assert read_json(tmp_path / "old" / "config.json")["format"] == 2

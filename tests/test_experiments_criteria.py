@@ -7,7 +7,7 @@ from experiments.distillation.study import mean_recovered
 from experiments.results import Results
 from experiments.study import load_study
 from experiments.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
-from moe_jax.training.metrics import EVALUATION_FILE
+from moe_jax.training.files import EVALUATION_FILE
 from tests.made_up_study import SEEDS, judged, made_up, of_seed, row
 
 # Smoothed, dense ends at 2.2. The experts pass 2.2 after 300 and 400 steps.

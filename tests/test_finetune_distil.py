@@ -26,11 +26,12 @@ from moe_jax.planning.sweep import sweep
 from moe_jax.planning.topology import parse_topology
 from moe_jax.planning.traffic import hbm_traffic
 from moe_jax.planning.workload import resolve
+from moe_jax.training.files import METRICS_FILE
 from moe_jax.training.imported import save_state
 from moe_jax.training.loop import train
 from moe_jax.training.loss import CrossEntropy, Scored, batch_totals, call_of
 from moe_jax.training.memory import needed_bytes
-from moe_jax.training.metrics import METRICS_FILE, read_metrics
+from moe_jax.training.metrics import read_metrics
 from moe_jax.training.placement import BATCH_AXES, compile_train_step, state_shardings
 from moe_jax.training.signals import Interrupted
 from moe_jax.training.state import evaluation_params

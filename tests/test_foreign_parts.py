@@ -18,7 +18,8 @@ from moe_jax.parallel.mesh import make_mesh
 from moe_jax.part import Call
 from moe_jax.train import run
 from moe_jax.training.evaluation import evaluate
-from moe_jax.training.metrics import METRICS_FILE, read_metrics
+from moe_jax.training.files import METRICS_FILE
+from moe_jax.training.metrics import read_metrics
 from moe_jax.training.saved import load_run
 from tests.foreign import GatedRecurrence, Peakedness, RoundRobin, SquaredRelu
 from tests.tiny_run import CACHE

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.training.metrics import METRICS_FILE, read_metrics
+from moe_jax.training.files import METRICS_FILE
+from moe_jax.training.metrics import read_metrics
 from moe_jax.training.saved import CHECKPOINTS, load_run
 from tests.parallel_job import LIMIT_SECONDS, Job
 from tests.tiny_run import tiny_flags

@@ -18,7 +18,7 @@ from moe_jax.jobs.grid import Axis, check_names, grid, names_of, parse_axis, spl
 from moe_jax.jobs.log import failure
 from moe_jax.jobs.places import MEMORY, ONE_CORE, Machine, Place
 from moe_jax.jobs.side_by_side import Board, Stopped, run_side_by_side
-from moe_jax.training.metrics import write_run_record
+from moe_jax.training.run_record import write_run_record
 from tests.tiny_run import CACHE, ROOT, files, tiny_config, tiny_flags
 
 FLAGS = tiny_flags(num_steps=10, checkpoint_every=5, evaluate_every=5, sample_tokens=0)

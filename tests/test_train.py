@@ -9,7 +9,8 @@ import pytest
 
 from moe_jax import train
 from moe_jax.analysis import report
-from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
+from moe_jax.training.files import METRICS_FILE, RUN_FILE
+from moe_jax.training.metrics import read_metrics
 from moe_jax.training.saved import load_run
 from tests.tiny_run import files, tiny_moe, tiny_training
 

@@ -14,11 +14,12 @@ import pytest
 from moe_jax.config import ExperimentConfig, InitFrom, MeshConfig, write_config
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.checkpoints import Checkpoints, DamagedCheckpointError
+from moe_jax.training.files import METRICS_FILE, RUN_FILE
 from moe_jax.training.imported import save_imported
 from moe_jax.training.init_from import check_position, check_tokenizer, first_state, open_source
 from moe_jax.training.loop import train
 from moe_jax.training.loss import CrossEntropy
-from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
+from moe_jax.training.metrics import read_metrics
 from moe_jax.training.saved import CHECKPOINTS, load_run
 from moe_jax.training.state import evaluation_params, init_state
 from moe_jax.training.workdir import check_workdir, with_whole_paths

@@ -18,8 +18,9 @@ from moe_jax.moe.run_experts import buffer
 from moe_jax.parallel.mesh import describe_mesh, make_mesh
 from moe_jax.training import loop
 from moe_jax.training.checkpoints import Checkpoints, DamagedCheckpointError
+from moe_jax.training.files import METRICS_FILE, RUN_FILE
 from moe_jax.training.loop import BufferOverflowError, train
-from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
+from moe_jax.training.metrics import read_metrics
 from moe_jax.training.placement import inference_rows
 from moe_jax.training.saved import CHECKPOINTS, load_run, open_run_data
 from moe_jax.training.signals import Interrupted

@@ -14,16 +14,11 @@ import pytest
 
 from moe_jax.config import ExperimentConfig
 from moe_jax.training import metrics as metrics_module
+from moe_jax.training import run_record as record_module
 from moe_jax.training.files import read_json
-from moe_jax.training.metrics import (
-    MetricWriter,
-    extensions,
-    last_step,
-    read_metrics,
-    run_record,
-    write_run_record,
-)
+from moe_jax.training.metrics import MetricWriter, last_step, read_metrics
 from moe_jax.training.progress import Progress, progress_line
+from moe_jax.training.run_record import extensions, run_record, write_run_record
 from tests.tiny_run import tiny_config
 
 
@@ -208,7 +203,7 @@ def test_a_config_that_git_does_not_know_makes_a_checkout_dirty(tmp_path, monkey
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "one")
-    monkeypatch.setattr(metrics_module, "__file__", str(here))
+    monkeypatch.setattr(record_module, "__file__", str(here))
     results.write_text("{}")
     (tmp_path / "notes.txt").touch()
     assert run_record()["dirty"] is False
@@ -226,7 +221,7 @@ def test_a_copy_inside_another_checkout_has_no_commit(tmp_path, monkeypatch):
     copy = tmp_path / "site-packages" / "metrics.py"
     copy.parent.mkdir()
     copy.touch()
-    monkeypatch.setattr(metrics_module, "__file__", str(copy))
+    monkeypatch.setattr(record_module, "__file__", str(copy))
     record = run_record()
     assert record["commit"] is None and record["dirty"] is None
 

@@ -15,8 +15,8 @@ from moe_jax.data.objectives import Supervised
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training import files as training_files
 from moe_jax.training.checkpoints import Checkpoints, DamagedCheckpointError
-from moe_jax.training.metrics import write_run_record
 from moe_jax.training.placement import state_shardings
+from moe_jax.training.run_record import write_run_record
 from moe_jax.training.saved import (
     CHECKPOINTS,
     check_content,

@@ -18,11 +18,12 @@ from moe_jax.parameters import zeros
 from moe_jax.planning.memory import optimizer_bytes
 from moe_jax.planning.workload import Workload
 from moe_jax.training.checkpoints import Checkpoints
+from moe_jax.training.files import RUN_FILE
 from moe_jax.training.loop import train
 from moe_jax.training.memory import needed_bytes
-from moe_jax.training.metrics import RUN_FILE, write_run_record
 from moe_jax.training.optimizers import make_optimizer
 from moe_jax.training.placement import compile_train_step, state_shardings
+from moe_jax.training.run_record import write_run_record
 from moe_jax.training.saved import CHECKPOINTS, load_run
 from moe_jax.training.state import abstract_state, evaluation_params, trained_params
 from moe_jax.training.step import make_train_step

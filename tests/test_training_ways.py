@@ -7,8 +7,8 @@ import pytest
 
 from moe_jax.evaluate import table
 from moe_jax.generate import note_on
-from moe_jax.training.metrics import write_run_record
 from moe_jax.training.rows import evaluation_line, evaluation_row
+from moe_jax.training.run_record import write_run_record
 from moe_jax.training.ways import SAW, SEES, Way, notes_of, way_of, ways_of
 from tests.tiny_run import DENSE, tiny_config, tiny_moe
 

@@ -19,8 +19,9 @@ from moe_jax.moe.part import MoE
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.imported import save_imported, save_state
 from moe_jax.training.loop import train
-from moe_jax.training.metrics import MetricWriter, write_run_record
+from moe_jax.training.metrics import MetricWriter
 from moe_jax.training.optimizers import learning_rate_schedule, steps_alike
+from moe_jax.training.run_record import write_run_record
 from moe_jax.training.saved import CHECKPOINTS, kept_steps, load_run
 from moe_jax.training.workdir import check_workdir, recorded_run
 from tests.tiny_run import JITTER, files, tiny_config, tiny_moe, tiny_state, tiny_training

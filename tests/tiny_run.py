@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import ExperimentConfig, from_config_dict
-from moe_jax.training.metrics import METRICS_FILE, read_metrics
+from moe_jax.training.files import METRICS_FILE
+from moe_jax.training.metrics import read_metrics
 from moe_jax.training.saved import load_run
 from moe_jax.training.state import TrainState, init_state
 

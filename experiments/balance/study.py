@@ -27,8 +27,8 @@ from moe_jax.data.token_files import TRAIN
 from moe_jax.moe.balance import Importance, Load
 from moe_jax.moe.bias import SignUpdate
 from moe_jax.moe.routing.noise import Learned
-from moe_jax.training.files import read_json
-from moe_jax.training.metrics import CONFIG_FILE, EVALUATION_FILE, METRICS_FILE, read_metrics
+from moe_jax.training.files import CONFIG_FILE, EVALUATION_FILE, METRICS_FILE, read_json
+from moe_jax.training.metrics import read_metrics
 from moe_jax.training.saved import open_run_data
 
 RATES = ("1e-4", "1e-3", "1e-2")

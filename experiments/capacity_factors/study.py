@@ -20,8 +20,7 @@ from experiments.verdict import (
     seed_by_seed,
 )
 from moe_jax.moe.queues import ChoiceMajor
-from moe_jax.training.files import read_json
-from moe_jax.training.metrics import EVALUATION_FILE
+from moe_jax.training.files import EVALUATION_FILE, read_json
 
 # Judges the results of a study.
 Expected = Callable[[Results], Finding]

@@ -19,8 +19,8 @@ from experiments.study import (
 )
 from experiments.switch_against_dense.study import STUDY as SWITCH
 from experiments.verdict import Claim, every, lower, not_above
-from moe_jax.training.files import read_json
-from moe_jax.training.metrics import EVALUATION_FILE, METRICS_FILE, read_metrics
+from moe_jax.training.files import EVALUATION_FILE, METRICS_FILE, read_json
+from moe_jax.training.metrics import read_metrics
 
 TARGET = "python"  # the fine-tuning domain, absent from pretraining
 OTHERS = tuple((name, 1.0) for name in ("drama", "folio1623", "multilingual", "prose", "speech"))

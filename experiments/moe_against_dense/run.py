@@ -11,9 +11,9 @@ from moe_jax.analysis.paired import paired
 from moe_jax.config import from_config_dict
 from moe_jax.config.json_text import json_text
 from moe_jax.files import write_atomically
-from moe_jax.training.files import read_json
+from moe_jax.training.files import EVALUATION_FILE, RUN_FILE, read_json
 from moe_jax.training.loop import train
-from moe_jax.training.metrics import EVALUATION_FILE, RUN_FILE, read_metrics, training_seconds
+from moe_jax.training.metrics import read_metrics, training_seconds
 
 HERE = pathlib.Path(__file__).parent
 ARMS = {"moe": "", "dense": "dense"}

@@ -23,8 +23,8 @@ from moe_jax.data import Example, Tokenizer, heldout_batches, open_tokenizer_of
 from moe_jax.data.open_file import decode
 from moe_jax.files import write_atomically
 from moe_jax.models.model import LanguageModel
-from moe_jax.training.files import DamagedCheckpointError, damage, read_json
-from moe_jax.training.metrics import RUN_FILE, run_record
+from moe_jax.training.files import RUN_FILE, DamagedCheckpointError, damage, read_json
+from moe_jax.training.run_record import run_record
 from moe_jax.training.saved import CHECKPOINTS, kept_steps, load_run, open_run_data
 from moe_jax.training.state import TrainState
 from moe_jax.training.ways import ways_of

@@ -18,8 +18,8 @@ from moe_jax.analysis.names import printable
 from moe_jax.analysis.runs import Entry, resolved
 from moe_jax.analysis.table import ORDERS, Column, of_all
 from moe_jax.config.check import require
-from moe_jax.training.files import read_json
-from moe_jax.training.metrics import CONFIG_FILE, RUN_FILE, extensions
+from moe_jax.training.files import CONFIG_FILE, RUN_FILE, read_json
+from moe_jax.training.run_record import extensions
 from moe_jax.training.ways import CAPACITIES, SEES
 from moe_jax.training.workdir import IMPORTED_FILE
 

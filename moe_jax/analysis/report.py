@@ -25,18 +25,17 @@ from moe_jax.config import ExperimentConfig, difference, read_config, write_conf
 from moe_jax.config.installed import require_local
 from moe_jax.config.upgrade import upgrade
 from moe_jax.planning.arithmetic import count_parameters
-from moe_jax.training.files import read_json
-from moe_jax.training.metrics import (
+from moe_jax.training.files import (
     CONFIG_FILE,
     EVALUATION_FILE,
     METRICS_FILE,
     REPORT,
     RUN_FILE,
     SAMPLE_FILE,
-    extensions,
-    read_metrics,
-    training_seconds,
+    read_json,
 )
+from moe_jax.training.metrics import read_metrics, training_seconds
+from moe_jax.training.run_record import extensions
 from moe_jax.training.ways import CAPACITIES, Way, notes_of, way_of, ways_of
 
 LOAD_METRIC = re.compile(r"(?P<part>[^/]+)/(?P<layer>layer_(?P<number>\d+))/expert_load")

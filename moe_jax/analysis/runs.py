@@ -21,14 +21,8 @@ from moe_jax.config.check import require
 from moe_jax.config.convert import HEADER
 from moe_jax.jobs.log import LOG_FILE, failure
 from moe_jax.planning.arithmetic import count_flops, count_parameters
-from moe_jax.training.files import read_json
-from moe_jax.training.metrics import (
-    CONFIG_FILE,
-    EVALUATION_FILE,
-    METRICS_FILE,
-    RUN_FILE,
-    read_metrics,
-)
+from moe_jax.training.files import CONFIG_FILE, EVALUATION_FILE, METRICS_FILE, RUN_FILE, read_json
+from moe_jax.training.metrics import read_metrics
 from moe_jax.training.ways import CAPACITIES, SEES
 
 BEGUN = (METRICS_FILE, RUN_FILE, EVALUATION_FILE, LOG_FILE)

@@ -13,7 +13,15 @@ from typing import Any
 
 from moe_jax.files import sha256_of, write_synced
 
-STATE = "state"  # the folder of the arrays in a checkpoint
+# In the directory of a run.
+METRICS_FILE = "metrics.jsonl"
+RUN_FILE = "run.json"
+CONFIG_FILE = "config.json"
+EVALUATION_FILE = "evaluation.json"
+SAMPLE_FILE = "sample.txt"
+REPORT = "report"  # the folder of the report
+# In a checkpoint.
+STATE = "state"  # the folder of the arrays
 METADATA = "metadata.json"
 MANIFEST = "manifest.json"
 # One core hashes 1 to 2 GB/s; a thread reads 256 KiB at a time, and releases the GIL meanwhile.

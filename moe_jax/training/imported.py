@@ -14,8 +14,7 @@ from moe_jax.config.json_text import json_text
 from moe_jax.files import write_atomically
 from moe_jax.training.arrays import gigabytes_of_largest
 from moe_jax.training.checkpoints import Checkpoints
-from moe_jax.training.files import read_json
-from moe_jax.training.metrics import CONFIG_FILE
+from moe_jax.training.files import CONFIG_FILE, read_json
 from moe_jax.training.state import TrainState
 from moe_jax.training.workdir import CHECKPOINTS, IMPORTED_FILE, recorded_run
 

@@ -22,16 +22,11 @@ from moe_jax.parallel.mesh import describe_mesh, make_mesh
 from moe_jax.parallel.processes import compile_in_all, of_first, require_same
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.evaluation import evaluate
-from moe_jax.training.files import complete_steps, read_json
+from moe_jax.training.files import EVALUATION_FILE, complete_steps, read_json
 from moe_jax.training.init_from import Source, first_state, open_source
 from moe_jax.training.loss import Batch
 from moe_jax.training.memory import check_memory, out_of_memory_explained
-from moe_jax.training.metrics import (
-    EVALUATION_FILE,
-    MetricWriter,
-    set_results_aside,
-    write_run_record,
-)
+from moe_jax.training.metrics import MetricWriter, set_results_aside
 from moe_jax.training.placement import (
     BATCH_AXES,
     check_run,
@@ -43,6 +38,7 @@ from moe_jax.training.profiling import Profile
 from moe_jax.training.progress import Progress
 from moe_jax.training.rates import Rates
 from moe_jax.training.rows import evaluation_line, evaluation_row, metrics_row
+from moe_jax.training.run_record import write_run_record
 from moe_jax.training.saved import CHECKPOINTS, restore
 from moe_jax.training.signals import Interrupted, SignalFlag
 from moe_jax.training.state import TrainState, evaluation_params

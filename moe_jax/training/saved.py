@@ -22,8 +22,7 @@ from moe_jax.data import Data, open_data, open_tokenizer_of
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.arrays import gigabytes_of_largest
 from moe_jax.training.checkpoints import Checkpoints
-from moe_jax.training.files import complete_steps, read_json
-from moe_jax.training.metrics import CONFIG_FILE
+from moe_jax.training.files import CONFIG_FILE, complete_steps, read_json
 from moe_jax.training.placement import inference_rows, state_shardings
 from moe_jax.training.state import (
     TrainState,

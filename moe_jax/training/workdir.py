@@ -19,6 +19,8 @@ from moe_jax.data import with_whole_paths as data_with_whole_paths
 from moe_jax.parallel.processes import all_or_none, gather, of_first
 from moe_jax.training.arrays import describe_saved
 from moe_jax.training.files import (
+    CONFIG_FILE,
+    METRICS_FILE,
     STATE,
     DamagedCheckpointError,
     DamagedFileError,
@@ -27,7 +29,6 @@ from moe_jax.training.files import (
     path_of_whole,
     read_json,
 )
-from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE
 from moe_jax.training.optimizers import steps_alike
 from moe_jax.training.step import depends_on_microbatches
 
