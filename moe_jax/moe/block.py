@@ -11,7 +11,8 @@ from moe_jax.moe.experts import Experts
 from moe_jax.moe.routing import RouterInputs, Routing
 from moe_jax.moe.routing.zero_computation import add_free_choices, computing_choices
 from moe_jax.moe.run_experts import mix_experts, run_experts
-from moe_jax.moe.run_experts.plan import plan_experts
+from moe_jax.moe.run_experts.parallel import Combined
+from moe_jax.moe.run_experts.plan import Plan, plan_experts
 from moe_jax.moe.statistics import measure
 from moe_jax.parallel.rules import constrain
 from moe_jax.parameters import SHARED, linear, of_experts
@@ -45,32 +46,14 @@ def moe_block(
     rng = own.key(call)
     router_key, queue_key, experts_key = (None,) * 3 if rng is None else jax.random.split(rng, 3)
     x_GSM, inputs = in_groups(x_BLM, moe, call, own, router_key)
-    options, valid_GS1 = inputs.options, inputs.valid_GS[..., None]
+    plan = plan_experts(moe, call.training, inputs.options.dropless)
 
     routing = route(params, x_GSM, moe, inputs)
-    with jax.named_scope("run_experts"):
-        plan = plan_experts(moe, call.training, options.dropless)
-        weights = of_experts(params["experts"], moe.num_experts)
-        axes = moe.expert_axes(x_GSM.shape[-1])
-        if routing.mixing is not None:  # Soft MoE: every token is in every slot
-            y_GSM = mix_experts(
-                x_GSM, routing.mixing, weights, axes, moe.experts, plan, experts_key
-            )
-            kept_GSK, buffer = valid_GS1, None
-        else:
-            computing = computing_choices(routing, options)
-            queue = moe.capacity.queue
-            assignment = assign_slots(computing, queue, options, inputs.valid_GS, queue_key)
-            y_GSM, kept_GSK, buffer = run_experts(
-                x_GSM, assignment, weights, axes, moe.experts, plan, experts_key
-            )
-            y_GSM, kept_GSK = add_free_choices(
-                x_GSM, y_GSM, routing, kept_GSK, valid_GS1, options,
-                first_copy=moe.num_experts + moe.num_zero_experts,
-            )  # fmt: skip
-        y_GSM = constrain(y_GSM, "group", None, None)
+    y_GSM, kept_GSK, buffer = routed_experts(
+        params["experts"], x_GSM, routing, moe, inputs, plan, queue_key, experts_key
+    )
     if moe.shared_expert_dim > 0:
-        y_GSM += shared_expert(params["shared"], x_GSM, moe) * valid_GS1
+        y_GSM += shared_expert(params["shared"], x_GSM, moe) * inputs.valid_GS[..., None]
     aux = measure(routing, kept_GSK, moe, call, inputs, x_BLM.shape, buffer)
     return y_GSM.reshape(x_BLM.shape), aux
 
@@ -111,6 +94,40 @@ def route(params: Any, x_GSM: jax.Array, moe: "MoE", inputs: RouterInputs) -> Ro
     if moe.num_options == 1:
         return moe.router.only_option(x_GSM)
     return moe.router.route(params.get("router", {}), x_GSM, inputs)
+
+
+@jax.named_scope("run_experts")
+def routed_experts(
+    params: Any,
+    x_GSM: jax.Array,
+    routing: Routing,
+    moe: "MoE",
+    inputs: RouterInputs,
+    plan: Plan,
+    queue_key: jax.Array | None,
+    experts_key: jax.Array | None,
+) -> Combined:
+    """What a token's experts add to it: their outputs times its gates, summed over its choices.
+
+    Choices that compute nothing take no slot, and are added after the experts have run.
+    """
+    options, valid_GS1 = inputs.options, inputs.valid_GS[..., None]
+    weights = of_experts(params, moe.num_experts)
+    axes = moe.expert_axes(x_GSM.shape[-1])
+    if routing.mixing is not None:  # Soft MoE: every token is in every slot
+        y_GSM = mix_experts(x_GSM, routing.mixing, weights, axes, moe.experts, plan, experts_key)
+        return Combined(constrain(y_GSM, "group", None, None), valid_GS1)
+    computing = computing_choices(routing, options)
+    queue = moe.capacity.queue
+    assignment = assign_slots(computing, queue, options, inputs.valid_GS, queue_key)
+    y_GSM, kept_GSK, buffer = run_experts(
+        x_GSM, assignment, weights, axes, moe.experts, plan, experts_key
+    )
+    y_GSM, kept_GSK = add_free_choices(
+        x_GSM, y_GSM, routing, kept_GSK, valid_GS1, options,
+        first_copy=moe.num_experts + moe.num_zero_experts,
+    )  # fmt: skip
+    return Combined(constrain(y_GSM, "group", None, None), kept_GSK, buffer)
 
 
 @jax.named_scope("shared_expert")
