@@ -1,6 +1,7 @@
 """Texts: greedy against a teacher-forced forward, seeds, contexts, ends, streams, errors."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import pytest
 
 from moe_jax.data import open_tokenizer, train_tokenizer
 from moe_jax.data.corpora import open_corpus
+from moe_jax.data.objectives.span_corruption import SpanCorruption
 from moe_jax.inference import anew, continue_text, stream_text, writer
+from moe_jax.inference import text as text_module
 from moe_jax.inference.text import Text, stream_encoded
 from moe_jax.inference.writer import Piece
 from moe_jax.layers.attention import Attention
@@ -54,6 +57,20 @@ def test_greedy_is_the_argmax_of_a_teacher_forced_forward(params, config):
     output = quick_jit(config.model.run)(params, call, state=STATE)
     likeliest = np.argmax(output.logits_BLV[0], axis=-1)
     np.testing.assert_array_equal(likeliest[2:-1], ids[3:])
+
+
+def test_a_model_of_spans_writes_its_sentinels_and_they_are_no_text(params, config, monkeypatch):
+    """With 200 sentinels, of which the byte tokenizer reserves 125, ids go up to 384 + 75 - 1."""
+    data = SimpleNamespace(objective=SpanCorruption(num_sentinels=200), sequence_length=16)
+    config, asked = SimpleNamespace(model=config.model, data=data), {}
+
+    def write(*arguments, **settings):
+        asked.update(settings)
+        yield Piece(0, [458, *TOKENIZER.encode("ab").tolist(), 457], True)
+
+    monkeypatch.setattr(text_module, "stream_tokens", write)
+    [piece] = stream_encoded(config, params, [[1]], 4, tokenizer=TOKENIZER, state=STATE)
+    assert asked["num_ids"] == 459 and (piece.text, piece.num_tokens) == ("ab", 4)
 
 
 def test_the_router_bias_is_used(params, config):

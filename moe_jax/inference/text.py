@@ -106,7 +106,7 @@ def stream_encoded(
 ) -> Iterator[TextPiece]:
     """Continues prompts given as token ids; otherwise as `stream_text`."""
     ids: dict[str, Any] = {
-        "num_ids": tokenizer.vocab_size,
+        "num_ids": config.data.objective.vocab_size(tokenizer, config.data.sequence_length),
         "stop_tokens": config.data.objective.stop_ids(tokenizer),
     }
     context = context or config.data.sequence_length
@@ -174,7 +174,7 @@ class Text:
             while self.stops():
                 last = self.ids.pop()
             self.ids.append(last)
-        text = self.tokenizer.decode(self.ids)
+        text = self.decoded()
         found = [text.find(one) for one in self.stop if one in text]
         self.ended = ended or bool(found)
         if found:
@@ -186,8 +186,12 @@ class Text:
 
     def stops(self) -> bool:
         """Whether the tokens contain a stop string."""
-        text = self.tokenizer.decode(self.ids) if self.stop else ""
+        text = self.decoded() if self.stop else ""
         return any(one in text for one in self.stop)
+
+    def decoded(self) -> str:
+        """The text of the tokens; sentinels that follow the tokenizer's ids have none."""
+        return self.tokenizer.decode([i for i in self.ids if i < self.tokenizer.vocab_size])
 
     def routes_within(self, length: int, routes: np.ndarray | None) -> np.ndarray | None:
         """The routes of a piece that are of the first `length` tokens of prompt and text."""
