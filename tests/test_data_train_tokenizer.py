@@ -88,6 +88,16 @@ def test_the_command_writes_a_model(tmp_path):
     assert tokenizers.open_tokenizer(f"sentencepiece:{out}").vocab_size == 1000
 
 
+def test_a_corpus_without_text_is_named(tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    given = [f"--corpus={tmp_path / 'empty.txt'}", f"--out={tmp_path / 'a.model'}"]
+    with pytest.raises(SystemExit):
+        train_tokenizer.command(given)
+    said = capsys.readouterr().err
+    assert "needs text to train on" in said and "empty.txt" in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
 def test_the_command_asks_for_out():
     command = [sys.executable, "-m", "moe_jax.data.train_tokenizer"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -99,6 +109,6 @@ def test_what_a_user_can_put_right_is_one_line(tmp_path):
     command = [sys.executable, "-m", "moe_jax.data.train_tokenizer", f"--out={tmp_path}/a.model"]
     done = subprocess.run([*command, f"--corpus={tmp_path}/no"], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(
-        "error: A corpus must be 'embedded', the path of"
-    )
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("error: A corpus must be 'embedded', the path of")
+    assert "Correct --corpus" in said

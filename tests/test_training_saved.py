@@ -130,7 +130,10 @@ def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"knows its config: there is neither in .*Pass the"):
         load_run(tmp_path)
     write_run_record(tmp_path, CONFIG)
-    with pytest.raises(ValueError, match=r"there is none yet in .*checkpoints. Wait for the first"):
+    with pytest.raises(ValueError, match=r"there is none in .*checkpoints\. Wait for the first"):
+        load_run(tmp_path)
+    (tmp_path / "evaluation.json").write_text("{}")
+    with pytest.raises(ValueError, match="The run has finished: bring them back"):
         load_run(tmp_path)
     assert not (tmp_path / CHECKPOINTS).exists()
 

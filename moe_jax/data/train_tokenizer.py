@@ -144,14 +144,17 @@ def main() -> None:
         id_field=options.id_field,
         heldout_fraction=options.heldout_fraction,
     )
-    corpus = open_corpus(data.corpus, Fields(data.text_field, data.id_field, data.group_field))
-    tokenizer = train(
-        corpus,
-        options.out,
-        vocab_size=options.vocab_size,
-        heldout_fraction=options.heldout_fraction,
-        max_bytes=int(options.max_mb * 1e6),
-    )
+    try:
+        corpus = open_corpus(data.corpus, Fields(data.text_field, data.id_field, data.group_field))
+        tokenizer = train(
+            corpus,
+            options.out,
+            vocab_size=options.vocab_size,
+            heldout_fraction=options.heldout_fraction,
+            max_bytes=int(options.max_mb * 1e6),
+        )
+    except ValueError as error:  # a setting of a run is a flag of this command
+        raise ValueError(str(error).replace("config.data.", "--")) from error
     for domain in corpus.domains():
         documents = corpus.documents(domain, options.heldout_fraction)
         heldout = [document.text for split, document in documents if split == HELDOUT]

@@ -22,7 +22,7 @@ from moe_jax.data import Data, open_data, open_tokenizer_of
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.arrays import gigabytes_of_largest
 from moe_jax.training.checkpoints import Checkpoints
-from moe_jax.training.files import CONFIG_FILE, complete_steps, read_json
+from moe_jax.training.files import CONFIG_FILE, EVALUATION_FILE, complete_steps, read_json
 from moe_jax.training.placement import inference_rows, state_shardings
 from moe_jax.training.state import (
     TrainState,
@@ -84,10 +84,12 @@ def load_run(
     with Checkpoints(directory, keep=None, gigabytes_in_flight=few) as checkpoints:
         restored = restore(config, checkpoints, placed_on, step, moments=moments)
     if restored is None:
+        is_finished = (workdir / EVALUATION_FILE).exists()
         raise ValueError(
-            f"A run is loaded from its checkpoints: there is none yet in {workdir / CHECKPOINTS}. "
-            "Wait for the first one (training.checkpoint_every)."
-        )
+            f"A run is loaded from its checkpoints: there is none in {workdir / CHECKPOINTS}. "
+            + ("The run has finished: bring them back." if is_finished else
+               "Wait for the first one (training.checkpoint_every).")
+        )  # fmt: skip
     if moments:
         return config, restored
     return config, restored._replace(params=evaluation_params(restored), opt_state=())
