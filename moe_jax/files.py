@@ -58,12 +58,15 @@ def require_absent(path: pathlib.Path) -> None:
 def whole_or_absent(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a directory to fill, renamed to `path` at the end; a failure leaves nothing.
 
+    Folders above `path` are made, and removed again after a failure.
+
     A killed process leaves `.NAME.partial` beside it, which the next call removes.
 
     Raises:
       ValueError: the path exists.
     """
     require_absent(path)
+    made = [folder for folder in path.absolute().parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -73,3 +76,6 @@ def whole_or_absent(path: pathlib.Path) -> Iterator[pathlib.Path]:
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # one that is in use is not empty
+                folder.rmdir()

@@ -168,7 +168,7 @@ def test_a_failed_import_leaves_nothing(model, tmp_path, capsys):
     (broken / "config.json").write_text((model / "config.json").read_text())
     (broken / ONE_FILE).write_bytes((model / ONE_FILE).read_bytes()[:-8])
     with pytest.raises(SystemExit):
-        main(["convert", f"--from-hf={broken}", f"--workdir={tmp_path / 'run'}"])
+        main(["convert", f"--from-hf={broken}", f"--workdir={tmp_path / 'some' / 'where' / 'run'}"])
     assert "is cut" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
