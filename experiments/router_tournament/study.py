@@ -263,8 +263,8 @@ STUDY = Study(
   better; DeepSeekMoE's table has it worse. The criterion asks for the latter.
 * Schemes that look ahead are marked; their loss is partly of what they saw, and
   [future_leaks](../future_leaks/README.md) says which part. It is no rank.
-* Bytes make hashing by token weak: 256 of them over 16 experts is nearly an FFN a character. `base`
-  has a vocabulary of words.
+* Bytes make hashing by token another question: 256 of them over 16 experts is nearly an FFN a
+  character. `base` has a vocabulary of words.
 * The claim on jitter asks for both sides. With three seeds two studies in five show it of arms that
   are alike ([docs/studies.md](../../docs/studies.md)). So it does not stand on the top page, where
   [router_instability](../router_instability/README.md) speaks of jitter with five seeds.
