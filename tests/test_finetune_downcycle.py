@@ -172,7 +172,7 @@ def test_moments_go_where_their_parameters_go(sparse):
     opt_state = numbered_optimizer(config)
     old = opt_state[1].mu["stack"]["unit"]["0"]["moe"]
     pruned = prune_experts(config, {"moe": np.array([[1, 2], [0, 3]])})
-    made = remodelled_optimizer(pruned, opt_state, {}, KEY, mesh, counts=True)
+    made = remodelled_optimizer(pruned, opt_state, {}, KEY, mesh)
     for moments in (made[1].mu, made[1].nu):
         moe = moments["stack"]["unit"]["0"]["moe"]
         for layer, kept in enumerate(([1, 2], [0, 3])):
@@ -184,7 +184,7 @@ def test_moments_go_where_their_parameters_go(sparse):
         np.testing.assert_array_equal(moe["shared"]["wi"], old["shared"]["wi"])
 
     load = {"moe": np.array([[3, 1, 0, 0], [1, 1, 1, 1]])}
-    made = remodelled_optimizer(merge_experts(config, load), opt_state, {}, KEY, mesh, counts=True)
+    made = remodelled_optimizer(merge_experts(config, load), opt_state, {}, KEY, mesh)
     mlp = made[1].nu["stack"]["unit"]["0"]["mlp"]
     np.testing.assert_array_equal(mlp["wi"][..., :8], old["shared"]["wi"])
     expected = 0.75 * old["experts"]["wi"][0, 0] + 0.25 * old["experts"]["wi"][0, 1]
@@ -214,8 +214,7 @@ def test_rows_and_columns_of_adafactor_go_where_their_parameters_go():
     pruned = prune_experts(config, {"moe": np.array([[1, 2], [0, 3]])})
     merged = merge_experts(config)
     of_pruned, of_merged = (
-        remodelled_optimizer(remodel, opt_state, {}, KEY, mesh, counts=True)
-        for remodel in (pruned, merged)
+        remodelled_optimizer(remodel, opt_state, {}, KEY, mesh) for remodel in (pruned, merged)
     )
     is_of_a_new_run(pruned, of_pruned)
     is_of_a_new_run(merged, of_merged)
@@ -231,9 +230,7 @@ def test_moments_of_muon_are_merged_beside_a_shared_expert(sparse):
     optimizer = dataclasses.replace(sparse[0].optimizer, name="muon")
     config = dataclasses.replace(sparse[0], optimizer=optimizer)
     remodel = merge_experts(config)
-    made = remodelled_optimizer(
-        remodel, numbered_optimizer(config), {}, KEY, sparse[2], counts=True
-    )
+    made = remodelled_optimizer(remodel, numbered_optimizer(config), {}, KEY, sparse[2])
     wanted = jax.eval_shape(lambda: init_state(remodel.new)).opt_state
     for given, expected in zip(*map(jax.tree.leaves, (made, wanted)), strict=True):
         assert (given.shape, given.dtype) == (expected.shape, expected.dtype)

@@ -303,9 +303,8 @@ def test_moments_are_carried_to_every_copy(dense):
     numbered = jnp.arange(wi.size, dtype=jnp.float32).reshape(wi.shape)
     adam.mu["stack"]["unit"]["0"]["mlp"]["wi"] = numbered
     remodel = upcycle(config, Upcycling(RENORMALISED, ways=(Granular(2),)))
-    for counts, expected in ((True, 1), (False, 0)):
-        made = remodelled_optimizer(remodel, opt_state, {}, KEY, mesh, counts=counts)
-        assert int(made[1].count) == 1 and int(made[3].count) == expected
+    made = remodelled_optimizer(remodel, opt_state, {}, KEY, mesh)
+    assert int(made[1].count) == int(made[3].count) == 1
     moe = made[1].mu["stack"]["unit"]["0"]["moe"]
     for expert in range(4):
         half = slice(16 * (expert % 2), 16 * (expert % 2) + 16)
@@ -326,7 +325,7 @@ def test_an_average_of_what_was_frozen_starts_at_the_new_parameters(dense, optim
     opt_state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract)
     remodel = upcycle(config, Upcycling(RENORMALISED, layers=(0,)))
     assert remodel.new.optimizer.frozen == ("mlp",)
-    last = remodelled_optimizer(remodel, opt_state, state.params, KEY, mesh, counts=True)[-1]
+    last = remodelled_optimizer(remodel, opt_state, state.params, KEY, mesh)[-1]
     average = last.average if "ema_decay" in optimizer else last.z
     params = remodelled(remodel, state.params, KEY, mesh)
     layers = [one["first"]["0"]["moe"] for one in (average["stack"], params["stack"])]
@@ -342,23 +341,11 @@ def test_what_other_optimizers_keep_is_carried(dense, name):
     config = dataclasses.replace(dense[0], optimizer=optimizer)
     state = jax.jit(lambda: init_state(config))()
     remodel = upcycle(config, Upcycling(RENORMALISED, layers=(0, 2)))
-    made = remodelled_optimizer(remodel, state.opt_state, {}, KEY, dense[2], counts=True)
+    made = remodelled_optimizer(remodel, state.opt_state, {}, KEY, dense[2])
     wanted = jax.eval_shape(lambda: init_state(remodel.new)).opt_state
     assert jax.tree.structure(made) == jax.tree.structure(wanted)
     for given, expected in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
         assert (given.shape, given.dtype) == (expected.shape, expected.dtype)
-
-
-def test_the_schedule_of_schedule_free_begins_again(dense):
-    """It has its own count from 1, which weights its averages."""
-    optimizer = dataclasses.replace(dense[0].optimizer, name="schedule_free", schedule="constant")
-    config = dataclasses.replace(dense[0], optimizer=optimizer)
-    opt_state = jax.jit(lambda: init_state(config).opt_state)()
-    opt_state = (*opt_state[:-1], opt_state[-1]._replace(step_count=jnp.asarray(8, jnp.int32)))
-    remodel = upcycle(config, Upcycling(RENORMALISED))
-    for counts, expected in ((True, 8), (False, 1)):
-        made = remodelled_optimizer(remodel, opt_state, {}, KEY, dense[2], counts=counts)
-        assert int(made[-1].step_count) == expected
 
 
 @pytest.mark.slow
@@ -371,7 +358,7 @@ def test_factors_of_shards_are_refused(dense):
     state = jax.jit(lambda: init_state(config))()
     remodel = upcycle(config, Upcycling(RENORMALISED, ways=(Granular(2),)))
     with pytest.raises(ValueError, match="Leave out the optimizer state"):
-        remodelled_optimizer(remodel, state.opt_state, {}, KEY, dense[2], counts=True)
+        remodelled_optimizer(remodel, state.opt_state, {}, KEY, dense[2])
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "models": PARTS | {"layers", "moe", "weights"},
     "checks": MODELS,
     "data": {"config", "files", "command_line"},  # the last for its commands
-    "training": MODELS | {"data", "files", "interrupts"},
+    "training": MODELS | {"data", "files", "interrupts", "user_errors"},
     "interchange": MODELS | {"files"},
     "inference": TRAINING,
     "finetune": TRAINING | {"interchange"},

@@ -170,6 +170,8 @@ def pieces_of(params, config, **settings):
 class Letters:
     """A tokenizer whose ids are bytes of UTF-8."""
 
+    vocab_size = 256
+
     def decode(self, ids):
         return bytes(ids).decode("utf-8", errors="replace")
 

@@ -21,7 +21,7 @@ from moe_jax.training.loop import train
 from moe_jax.training.loss import CrossEntropy
 from moe_jax.training.metrics import read_metrics
 from moe_jax.training.saved import CHECKPOINTS, load_run
-from moe_jax.training.state import evaluation_params, init_state
+from moe_jax.training.state import evaluation_params, init_state, with_schedule_at
 from moe_jax.training.workdir import check_workdir, with_whole_paths
 from tests.test_training_placement import LowRankModel
 from tests.test_training_subsets import named, with_model
@@ -289,6 +289,15 @@ def test_an_imported_model_has_no_moments(tmp_path):
     assert "opt_state/1/count: absent" in refusal(
         started(tmp_path / "model", {"optimizer_state": True})
     )
+
+
+def test_the_schedule_of_schedule_free_begins_again():
+    """It has its own count from 1, which weights its averages."""
+    optimizer = {"name": "schedule_free", "schedule": "constant"}
+    opt_state = jax.jit(lambda: init_state(tiny_config({"optimizer": optimizer})).opt_state)()
+    later = with_schedule_at(opt_state, 7)
+    assert int(later[-1].step_count) == 8
+    assert int(with_schedule_at(later, 0)[-1].step_count) == 1
 
 
 AVERAGED = pytest.mark.parametrize("optimizer", [{"ema_decay": 0.5}, {"name": "schedule_free"}])

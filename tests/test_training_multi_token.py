@@ -115,8 +115,9 @@ def test_a_module_that_lost_choices_stops_the_run(tmp_path):
         "multi_token_moe/buffer_rows": np.array([30, 60]),
         "multi_token_moe/buffer_factor": np.array([1.0, 2.0]),
     }
-    with pytest.raises(loop.BufferOverflowError) as error:
-        loop.check_overflow(3, metrics._replace(of_parts=of_parts), config, 0, tmp_path)
+    with Checkpoints(tmp_path, keep=None) as checkpoints:
+        with pytest.raises(loop.BufferOverflowError) as error:
+            loop.check_overflow(3, metrics._replace(of_parts=of_parts), config, checkpoints)
     assert "multi_token_moe/layer_02 lost 7 choices at step 3" in str(error.value)
     assert "Set model.parts.moe.buffer_factor=2, or" in str(error.value)
 
