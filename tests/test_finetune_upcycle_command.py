@@ -74,6 +74,13 @@ def test_a_run_becomes_a_sparse_run_with_its_moments_and_its_step(dense, tmp_pat
     assert (moments["experts"]["wi"] == 1).all() and not moments["router"]["weight"].any()
 
 
+def test_a_quantised_model_has_the_step_of_its_run(dense, tmp_path):
+    """Annealed settings then have the values that they had in the run."""
+    flags = ["--names=mlp", "--group_size=8", f"--output={tmp_path / 'small'}"]
+    assert main(["quantise", f"--workdir={dense}", *flags]) == 0
+    assert int(load_run(tmp_path / "small")[1].step) == 7
+
+
 def test_gates_that_do_not_preserve_are_refused_and_nothing_is_written(dense, tmp_path, capsys):
     output = tmp_path / "deep" / "new"
     arguments = ["upcycle", f"--workdir={dense}", f"--output={output}", "--experts=4"]
