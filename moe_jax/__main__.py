@@ -26,7 +26,7 @@ COMMANDS = {
     "upcycle": ("moe_jax.upcycle:command", "make a dense model sparse"),
     "merge_experts": ("moe_jax.merge_experts:command", "make a sparse model dense"),
     "prune_experts": ("moe_jax.prune_experts:command", "drop experts of a sparse model"),
-    "report": ("moe_jax.analysis.report:main", "write the report of a run again"),
+    "report": ("moe_jax.report:command", "write the report of a run again"),
     "plan": ("moe_jax.plan:command", "what a run costs and whether it fits, before it runs"),
     "check_part": ("moe_jax.check_part:main", "check a part of your own; list kinds and settings"),
     "build_corpus": ("moe_jax.data.build:command", "fetch and build the large corpus"),

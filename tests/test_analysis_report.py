@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from moe_jax.analysis.report import _layer_table, main, read_run, write_report
+from moe_jax.analysis.report import _layer_table, read_run, write_report
 from moe_jax.config import ExperimentConfig, OptimizerConfig, TrainingConfig, read_config
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.part import MoE
+from moe_jax.report import command
 from moe_jax.training.files import read_json
 from moe_jax.training.metrics import MetricWriter
 from moe_jax.training.run_record import write_run_record
@@ -337,16 +338,17 @@ def test_a_directory_without_a_run_is_an_error(tmp_path):
 
 def test_the_command(tmp_path, capsys):
     make_run(tmp_path, num_steps=20)
-    for argument in (str(tmp_path), f"--workdir={tmp_path}"):
-        assert main([argument]) == 0
-        assert capsys.readouterr().out == f"{tmp_path}/report/report.md\n"
+    assert command([f"--workdir={tmp_path}"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/report/report.md\n"
 
 
 @pytest.mark.slow
 def test_the_command_as_a_process_warns_of_nothing(tmp_path):
     make_run(tmp_path, num_steps=20)
-    command = [sys.executable, "-W", "error", "-m", "moe_jax.analysis.report", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    arguments = ["-m", "moe_jax.report", f"--workdir={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *arguments], capture_output=True, text=True, check=True
+    )
     assert done.stderr == ""
 
 

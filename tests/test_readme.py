@@ -74,7 +74,7 @@ def test_the_pages_have_the_commands_that_this_file_runs():
     assert all(command in README for command in ("`make quickstart`", "`make test`"))
     assert len(commands_of(README)) == 2, "train, and look at the routers"
     modules = {command.split()[2] for command in commands_of(README + TOUR)}
-    names = ("train", "evaluate", "generate", "analyze", "plan", "analysis.report")
+    names = ("train", "evaluate", "generate", "analyze", "plan", "report")
     assert modules == {f"moe_jax.{name}" for name in names}
 
 

@@ -1,9 +1,4 @@
-"""The report of a run: its results, how the experts were used, and its settings.
-
-It reads only the files in the run's directory. It can be made again at any time, also during a run:
-
-    python -m moe_jax.analysis.report DIR
-"""
+"""The report of a run: its results, how the experts were used, and its settings."""
 
 import dataclasses
 import functools
@@ -11,8 +6,7 @@ import json
 import math
 import pathlib
 import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,7 +16,6 @@ from moe_jax.analysis.drawing import Figure, png_bytes, stamp
 from moe_jax.analysis.heldout import HELDOUT_METRIC, Row, newest_heldout
 from moe_jax.analysis.names import fenced, in_code, in_markdown, table
 from moe_jax.config import ExperimentConfig, difference, read_config, write_config
-from moe_jax.config.installed import require_local
 from moe_jax.config.upgrade import upgrade
 from moe_jax.planning.arithmetic import count_parameters
 from moe_jax.training.files import (
@@ -386,22 +379,3 @@ FIGURES: dict[str, tuple[str, Callable[[Run], Figure | None]]] = {
 
 def _number(value: float | None, spec: str) -> str:
     return "-" if value is None or math.isnan(value) else format(value, spec)
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Writes the report of the run in the given directory; returns the exit code."""
-    if list(arguments) in (["--help"], ["-h"]) or len(arguments) != 1:
-        print("usage: python -m moe_jax.analysis.report DIR   (DIR: the workdir of a run)")
-        return 0 if arguments in (["--help"], ["-h"]) else 1
-    directory = arguments[0].removeprefix("--workdir=")
-    try:
-        require_local("DIR", directory)
-        print(write_report(directory))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
