@@ -23,7 +23,7 @@ from benchmarks.timing import Checkout, Run, cell, ratios
 from moe_jax.config.kinds import load_kind
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.capacity import Capacity
-from moe_jax.moe.experts import Activation, Experts
+from moe_jax.moe.experts import Activation, FeedForward
 from moe_jax.moe.part import MoE
 from moe_jax.parameters import SHARED, ffn_specs, init_parameters
 from moe_jax.part import Call, Dims
@@ -117,7 +117,7 @@ def candidates(shape: Shape) -> dict[str, Candidate]:
     """The dense floor, our forms, and perfectly balanced experts without routing."""
     key = jax.random.key(0)
     x_BLM = jax.random.normal(jax.random.fold_in(key, 1), (SEQUENCES, LENGTH, MODEL_DIM))
-    experts = Experts(activation_of(shape))
+    experts = FeedForward(activation_of(shape))
 
     def dense_params(num_experts: int | None, hidden: int) -> Any:
         specs = ffn_specs(

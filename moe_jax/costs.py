@@ -62,6 +62,7 @@ class Cost:
       ends_layer: whether nothing in the layer uses its result, so that remat need not repeat the
         sum.
       exchanged: bytes of the rows that are sent to experts, one way.
+      returned_again: whether remat also sends them back again, for the gradient of the gates.
       slots: bytes of the rows that have room in the buffers on that way.
       buffers: bytes of further arrays on that way.
       inactive: parameters of the layer that a token does not use.
@@ -79,6 +80,7 @@ class Cost:
     sums: float = 0.0
     ends_layer: bool = False
     exchanged: float = 0.0
+    returned_again: bool = False
     slots: float = 0.0
     buffers: float = 0.0
     inactive: float = 0.0

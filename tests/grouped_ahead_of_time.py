@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from moe_jax.moe.activations import SwiGLU
-from moe_jax.moe.experts import Experts
+from moe_jax.moe.experts import FeedForward
 from moe_jax.moe.run_experts.grouped_matmul import (
     choose_kernel,
     says_how_it_varies,
@@ -43,7 +43,7 @@ def compile_experts(topology, name):
 
     def experts(x, weights, sizes, dy):
         layout = SortedRows(None, sizes, len(x), kernel)
-        y, vjp = jax.vjp(lambda x, weights: Experts(SwiGLU())(x, weights, layout), x, weights)
+        y, vjp = jax.vjp(lambda x, weights: FeedForward(SwiGLU())(x, weights, layout), x, weights)
         return y, vjp(dy)
 
     rows = array(ROWS, MODEL_DIM)

@@ -17,7 +17,7 @@ from moe_jax.finetune.ways import Copies, Drop, Granular, Noise, Shared, Way
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.models.layout import StackLayout
 from moe_jax.moe.activations import SwiGLU
-from moe_jax.moe.experts import Experts
+from moe_jax.moe.experts import FeedForward
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.logits import Sigmoid
 from moe_jax.moe.routing.token_choice import TokenChoice
@@ -66,7 +66,7 @@ def outputs(upcycling):
     def both():
         call = Call(capacity=0.0).with_defaults(x_BLM)
         sparse, _, _ = origin.block.apply(params_of(origin, old), x_BLM, call, Own())
-        return sparse, Experts(NETWORK.activation)(x_BLM, old, SHARED)
+        return sparse, FeedForward(NETWORK.activation)(x_BLM, old, SHARED)
 
     return both()
 

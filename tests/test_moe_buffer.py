@@ -21,6 +21,7 @@ from moe_jax.moe.run_experts.sorting import TokenChoices, sort_by_expert
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.part import Call, Dims
+from tests.networks import Network
 
 BATCH, LENGTH, MODEL_DIM, NUM_EXPERTS = 8, 12, 8, 8
 TWO_COPIES = MeshConfig(data=2, expert=4)
@@ -210,16 +211,16 @@ def run_all_on_two_experts(num_chunks, kernel, mesh=TWO_COPIES):
     gate = random.random(shape, np.float32) + 0.5
     index = np.broadcast_to(np.arange(2, dtype=np.int32), shape)
 
+    weights = {"wi": WEIGHTS.astype(np.float32), "wo": IDENTITY}
+
+    def products(rows, weights, layout):
+        return layout.matmul(layout.matmul(rows, weights["wi"]), weights["wo"])
+
     def output(x, gate):
         kept = jnp.ones(shape, bool)
         assignment = Assignment(index, gate, index, kept, LENGTH, NUM_EXPERTS)
-        out = run_parallel(
-            x, assignment, {"wi": WEIGHTS.astype(np.float32), "wo": IDENTITY}, AXES,
-            lambda rows, weights, layout: (
-                layout.matmul(layout.matmul(rows, weights["wi"]), weights["wo"])
-            ),
-            Plan("ragged", "explicit", num_chunks, buffer_factor=1.0, kernel=kernel),
-        )  # fmt: skip
+        plan = Plan("ragged", "explicit", num_chunks, buffer_factor=1.0, kernel=kernel)
+        out = run_parallel(x, assignment, weights, AXES, Network(compute=products), plan)
         return jnp.sum(out.y), out
 
     with jax.set_mesh(make_mesh(mesh)):

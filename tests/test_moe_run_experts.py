@@ -4,6 +4,7 @@ The oracle decides which choices are kept, and in which slots; these tests see n
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from moe_jax.moe.capacity import Assignment
-from moe_jax.moe.experts import Experts, Relu
+from moe_jax.moe.experts import Experts, FeedForward, Relu
 from moe_jax.moe.run_experts.gather import run_gather
 from moe_jax.moe.run_experts.rows import run_sorted_rows
 from moe_jax.moe.run_experts.slots import run_einsum
@@ -31,6 +32,7 @@ SIZES = [
     *((8, 1), (8, 2), (8, 7), (8, 8)),
     *((64, 1), (64, 6), (64, 64)),
 ]
+FEED_FORWARD = FeedForward(Relu())
 QUICK_SIZES = [(1, 1), (5, 2), (8, 8), (64, 6)]
 
 
@@ -47,8 +49,11 @@ def every_way(test):
     return pytest.mark.parametrize("name", WAYS)(test)
 
 
-@functools.partial(jax.jit, static_argnames=("name", "capacity", "dtype"))
-def run(name, x_GSM, weights, index_GSK, gate_GSK, slot_GSK, kept_GSK, dy_GSM, capacity, dtype):
+@functools.partial(jax.jit, static_argnames=("name", "capacity", "dtype", "experts"))
+def run(
+    name, x_GSM, weights, index_GSK, gate_GSK, slot_GSK, kept_GSK, dy_GSM, capacity, dtype,
+    experts=FEED_FORWARD,
+):  # fmt: skip
     """The output, and the gradients of sum(y * dy) by name."""
     num_experts = weights["wi"].shape[0]
 
@@ -56,13 +61,39 @@ def run(name, x_GSM, weights, index_GSK, gate_GSK, slot_GSK, kept_GSK, dy_GSM, c
         assignment = Assignment(
             index_GSK, jnp.where(kept_GSK, gate_GSK, 0), slot_GSK, kept_GSK, capacity, num_experts
         )
-        y_GSM = WAYS[name](x_GSM.astype(dtype), assignment, weights, Experts(Relu()))
+        y_GSM = WAYS[name](x_GSM.astype(dtype), assignment, weights, experts)
         assert y_GSM.dtype == dtype
         return y_GSM
 
     y_GSM, vjp = jax.vjp(output, x_GSM, gate_GSK, weights)
     dx, dgate, dweights = vjp(dy_GSM.astype(dtype))
     return y_GSM, {"x": dx, "gate": dgate} | dweights
+
+
+class GatesOutputs(Experts):
+    """The same network, as one that only computes rows."""
+
+    def __call__(self, x, weights, layout):
+        return FeedForward(self.activation)(x, weights, layout)
+
+
+def products_of_a_step(name, experts):
+    """Matrix products of the forward and backward pass under remat, before any compiler."""
+    x_GSM, weights, dy_GSM = make_values(num_experts=5)
+    *choices, slots = make_case(5, 2)
+    index_GSK, gate_GSK, slot_GSK, kept_GSK = map(jnp.asarray, choices)
+
+    @jax.checkpoint
+    def output(x_GSM, gate_GSK, weights):
+        assignment = Assignment(index_GSK, gate_GSK, slot_GSK, kept_GSK, slots, 5)
+        return WAYS[name](x_GSM, assignment, weights, experts)
+
+    def step(x_GSM, gate_GSK, weights, dy_GSM):
+        y_GSM, vjp = jax.vjp(output, x_GSM, gate_GSK, weights)
+        return y_GSM, vjp(dy_GSM)
+
+    lowered = jax.jit(step).lower(x_GSM, gate_GSK, weights, dy_GSM)
+    return len(re.findall(r"stablehlo.dot_general|ragged_dot", lowered.as_text()))
 
 
 def make_case(num_experts, num_selected, order="token_major", padding=0.0, slots=None, seed=0):
@@ -111,10 +142,10 @@ def oracle(x, weights, index, gate, kept, dy):
     return y.reshape(x.shape), grads
 
 
-def check(name, case, values, tolerance=FLOAT32, dtype="float32"):
+def check(name, case, values, tolerance=FLOAT32, dtype="float32", experts=FEED_FORWARD):
     """Compares one way with the oracle; returns its output and gradients."""
     (index, gate, slot, kept, slots), (x, weights, dy) = case, values
-    y, grads = run(name, x, weights, index, gate, slot, kept, dy, slots, dtype)
+    y, grads = run(name, x, weights, index, gate, slot, kept, dy, slots, dtype, experts)
     expected_y, expected_grads = oracle(x, weights, index, gate, kept, dy)
     compare(y, expected_y, "output", tolerance)
     assert sorted(grads) == sorted(expected_grads)
@@ -141,6 +172,18 @@ def test_every_size_order_and_padding_agrees_with_the_oracle(name, num_experts, 
             check(name, case, values)
             dropped += np.sum(~case[3])
     assert dropped > 0  # by overflow or as padding, so the cases are not trivial
+
+
+@every_way
+def test_a_network_may_gate_its_outputs(name):
+    check(name, make_case(5, 2), make_values(5), experts=GatesOutputs(Relu()))
+
+
+@pytest.mark.parametrize("name", ["gather", "ragged, dense"])
+def test_remat_computes_no_output_again(name):
+    """2 products forward, 4 for the gradients, and 1 for the hidden units again."""
+    assert products_of_a_step(name, FEED_FORWARD) == 2 + 4 + 1
+    assert products_of_a_step(name, GatesOutputs(Relu())) == 2 + 4 + 2
 
 
 @every_way

@@ -35,6 +35,7 @@ from moe_jax.parameters import grouped
 from moe_jax.part import Call, Dims
 from moe_jax.planning.hlo import read_program
 from moe_jax.weights.quantised import Quantised
+from tests.networks import Network
 from tests.slow import slow_but
 
 # On a mesh the same float32 products are summed in another order: a few roundings (epsilon 1.2e-7)
@@ -445,7 +446,7 @@ def run_everything_on_two_experts(mesh, way, num_chunks=1):
             return layout.matmul(rows, weights["wi"])
 
         plan = dataclasses.replace(way, num_chunks=num_chunks)
-        return run_parallel(x, assignment, weights, AXES, linear, plan).y
+        return run_parallel(x, assignment, weights, AXES, Network(compute=linear), plan).y
 
     with jax.set_mesh(mesh):
         y = jax.jit(output)(x, index, gate, slot, weights)
@@ -488,7 +489,7 @@ def test_one_text_that_is_generated_has_fewer_tokens_than_chunks():
 
     with jax.set_mesh(make_mesh(MeshConfig(data=1, expert=2), jax.devices()[:2])):
         plan = Plan("ragged", "explicit", num_chunks=2, kernel="dense")
-        y = run_parallel(x, assignment, weights, AXES, product, plan).y
+        y = run_parallel(x, assignment, weights, AXES, Network(compute=product), plan).y
     compare(np.asarray(y), np.stack([x[0] @ weights["wi"][1], x[1] @ weights["wi"][0]]), "output")
 
 
@@ -504,10 +505,10 @@ def test_scales_of_quantised_experts_stay_what_they_are():
         return grouped(rows, weights["wi"], layout)
 
     operands = (ones.astype(jnp.bfloat16), assignment, weights)
-    expected = run_gather(*operands, product)
+    expected = run_gather(*operands, Network(compute=product))
     assert expected.tolist() == [[[127.5]], [[127.5]]]
     with jax.set_mesh(make_mesh(MeshConfig(data=1, expert=2), jax.devices()[:2])):
-        y = run_parallel(*operands, AXES, product, Plan("gather", "explicit")).y
+        y = run_parallel(*operands, AXES, Network(compute=product), Plan("gather", "explicit")).y
     assert y.dtype == jnp.bfloat16 and y.tolist() == expected.tolist()
 
 
@@ -531,7 +532,7 @@ def draw_from_experts(name, config, seed, num_chunks=1):
         ones = jnp.ones(index.shape)
         assignment = Assignment(index, ones, slot, ones > 0, LENGTH, NUM_EXPERTS)
         plan = dataclasses.replace(way, num_chunks=num_chunks)
-        return run_parallel(x, assignment, weights, AXES, draw, plan, rng).y
+        return run_parallel(x, assignment, weights, AXES, Network(compute=draw), plan, rng).y
 
     x = np.ones((BATCH, LENGTH, MODEL_DIM), np.float32)
     weights = {"wi": np.ones((NUM_EXPERTS, MODEL_DIM, HIDDEN), np.float32)}

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.moe.experts import Experts, Relu
+from moe_jax.moe.experts import FeedForward, Relu
 from moe_jax.moe.run_experts import rows
 from moe_jax.moe.run_experts.expert_loop import (
     block_sizes,
@@ -49,7 +49,7 @@ LARGE = {
     "a multiple of the largest block": [2 * LARGEST, 0, 0, 200],
 }
 
-EXPERT = Experts(Relu())
+EXPERT = FeedForward(Relu())
 
 
 def make_values(num_rows, seed=0):

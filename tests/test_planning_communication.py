@@ -42,11 +42,11 @@ MODEL = LanguageModel(
 EXPERTS, ATTENTION, TABLE = 2 * 4 * 2 * 96, 3 * 4 * 64, 32 * 8
 
 
-def messages(mesh, parts=1, batch=16, optimizer=None, **model):
+def messages(mesh, microbatches=1, batch=16, optimizer=None, **model):
     config = ExperimentConfig(
         model=dataclasses.replace(MODEL, **model), data=DataConfig(sequence_length=16),
         optimizer=optimizer or OptimizerConfig(),
-        training=TrainingConfig(batch_size=batch, num_microbatches=parts), mesh=mesh,
+        training=TrainingConfig(batch_size=batch, num_microbatches=microbatches), mesh=mesh,
     )  # fmt: skip
     found = collectives(resolve(config, mesh.num_devices))
     return {(one.name, one.operation): one for one in found}
@@ -74,7 +74,7 @@ def test_copies_reduce_their_gradients():
     assert {kind for _, kind in found} == {"all-reduce"}
     assert found["experts gradient", "all-reduce"].array_bytes == 2 * EXPERTS
     assert found["attention gradient", "all-reduce"].axes == ("data",)
-    halves = messages(MeshConfig(data=4), parts=2)
+    halves = messages(MeshConfig(data=4), microbatches=2)
     assert halves["experts gradient", "all-reduce"].array_bytes == 2 * 2 * EXPERTS
 
 
@@ -99,7 +99,7 @@ def test_a_tied_table_is_gathered_for_the_head_of_both_passes():
         assert tied["embedding weights", "all-gather"].array_bytes == 2 * 2 * TABLE
         assert tied["embedding gradient", "reduce-scatter"].array_bytes == 2 * TABLE
     # The balance loss of the whole batch; 16 tokens on a device and microbatch, half of the table.
-    again = messages(MeshConfig(data=2, fsdp=2), parts=2, batch=8, tie_embeddings=True)
+    again = messages(MeshConfig(data=2, fsdp=2), microbatches=2, batch=8, tie_embeddings=True)
     assert again["embedding weights", "all-gather"].array_bytes == 2 * (2 * 2 * TABLE + 2 * 16 * 8)
 
 
@@ -135,6 +135,11 @@ def test_slots_travel_to_their_experts_and_back():
     assert found["attention gradient", "all-reduce"].array_bytes == 2 * ATTENTION
     again = messages(MeshConfig(data=1, expert=4), remat="full")
     assert again["dispatch", "all-to-all"].array_bytes == 3 * 2 * 64 * 2 * 8 * 2
+    assert again["combine", "all-to-all"].array_bytes == 2 * 2 * 64 * 2 * 8 * 2, "gates need none"
+    moe = dataclasses.replace(MODEL.part["moe"], run_experts="einsum")
+    parts = {**MODEL.part, "moe": moe}
+    einsum = messages(MeshConfig(data=1, expert=4), remat="full", parts=parts)
+    assert einsum["combine", "all-to-all"].array_bytes == 3 * 2 * 64 * 2 * 8 * 2
 
 
 def test_experts_may_span_slices():
@@ -165,8 +170,8 @@ def test_tensor_parallelism_sums_the_embeddings_and_heads_of_multi_token_modules
     """Two modules beside the model; two microbatches embed all tokens once more, for sums."""
     modules = MultiToken(depth=2, layer=("attention", "mlp"))
     tokens = 256 * 8 * 2
-    for parts, ends in ((1, 3 * 2), (2, 3 * 3)):
-        found = messages(MeshConfig(data=1, tensor=2), parts=parts, multi_token=modules)
+    for microbatches, ends in ((1, 3 * 2), (2, 3 * 3)):
+        found = messages(MeshConfig(data=1, tensor=2), microbatches, multi_token=modules)
         assert found["head output", "all-reduce"].array_bytes == ends * tokens
 
 

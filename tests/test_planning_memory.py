@@ -96,10 +96,10 @@ def rows(work):
 
 
 # Bytes per token: 4 M = 32 numbers and 3 ND + 3 KD = 36 in bfloat16; 2 heads x 10 probabilities in
-# float32 and in bfloat16. Dense: 3 H = 48. MoE: 2 slots x (2 M + 2 x 12), and 2 x E in float32.
+# float32 and in bfloat16. Dense: 3 H = 48. MoE: 2 slots x (M + 2 x 12), and 2 x E in float32.
 ATTENTION = 2 * (32 + 36) + 20 * (4 + 2)
 DENSE = ATTENTION + 2 * 48
-MOE = ATTENTION + 2 * 2 * (16 + 24) + 4 * 8
+MOE = ATTENTION + 2 * 2 * (8 + 24) + 4 * 8
 
 
 def test_without_remat_all_that_the_backward_pass_reads_is_saved():
@@ -108,6 +108,9 @@ def test_without_remat_all_that_the_backward_pass_reads_is_saved():
     assert layer_activations(work, dense_layer(work)) == 80 * DENSE
     assert layer_activations(work, moe_layer(work)) == 80 * MOE
     assert saved_bytes(work) == 80 * (DENSE + 2 * MOE)
+    # One-hot tensors take their gradient from the outputs.
+    einsum = workload(batch=8, parts={"moe": {"run_experts": "einsum"}})
+    assert layer_activations(einsum, moe_layer(einsum)) == 80 * (MOE + 2 * 2 * 8)
 
 
 def test_full_remat_saves_the_input_of_each_layer():

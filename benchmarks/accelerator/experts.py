@@ -26,12 +26,12 @@ from benchmarks.accelerator.shapes import (
     kept_in_slots,
 )
 from moe_jax.moe.activations import SwiGLU
-from moe_jax.moe.experts import Experts
+from moe_jax.moe.experts import FeedForward
 from moe_jax.moe.run_experts.rows import SortedRows
 from moe_jax.moe.run_experts.slots import Slots
 from moe_jax.parameters import SHARED
 
-EXPERTS = Experts(SwiGLU())
+EXPERTS = FeedForward(SwiGLU())
 SLOTS = f"slots {FACTOR}"
 MARKS = (
     "__gpu$xla.gpu.triton", "mosaic_gpu", "tpu_custom_call", "__cudnn", "__cublas",

@@ -16,7 +16,7 @@ from benchmarks.accelerator.groups import Row
 from benchmarks.accelerator.kernels import ragged, usable_kernels, with_kernel
 from benchmarks.moe_layer import Shape, activation_of, moe_layer
 from moe_jax.moe.block import moe_block
-from moe_jax.moe.experts import Experts
+from moe_jax.moe.experts import FeedForward
 from moe_jax.parameters import SHARED, ffn_specs, init_parameters
 from moe_jax.part import Call, Dims
 
@@ -72,7 +72,7 @@ def measure(layer: Layer, way: str, kernel: str, factor: float, dry: bool) -> di
     size = (layer.sequences, layer.length, layer.model_dim)
     x_BLM = jax.random.normal(jax.random.fold_in(key, 1), size, jnp.bfloat16)
     active = shape.num_selected * shape.expert_dim
-    experts = Experts(activation_of(shape))
+    experts = FeedForward(activation_of(shape))
     ffn = ffn_specs(layer.model_dim, active, "experts", gated=experts.activation.gated,
                     use_bias=False, init_scale=1.0)  # fmt: skip
 

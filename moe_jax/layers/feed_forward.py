@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax.config.settings import setting
 from moe_jax.costs import Cost, ffn_cost
-from moe_jax.moe.experts import Activation, Experts, Relu
+from moe_jax.moe.experts import Activation, FeedForward, Relu
 from moe_jax.parameters import SHARED, ffn_specs
 from moe_jax.part import Call, Dims, Output, Own, Part
 
@@ -44,4 +44,4 @@ class Mlp(Part):
 
     def apply(self, params: Any, x_BLM: jax.Array, call: Call, own: Own) -> Output:
         """See `Part`."""
-        return Experts(self.activation)(x_BLM, params, SHARED), None, None
+        return FeedForward(self.activation)(x_BLM, params, SHARED), None, None

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from moe_jax.moe.capacity import assign_slots
 from moe_jax.moe.choices import replay_in_groups
-from moe_jax.moe.experts import Experts
+from moe_jax.moe.experts import FeedForward
 from moe_jax.moe.routing import RouterInputs, Routing
 from moe_jax.moe.routing.zero_computation import add_free_choices, computing_choices
 from moe_jax.moe.run_experts import mix_experts, run_experts
@@ -133,7 +133,7 @@ def routed_experts(
 @jax.named_scope("shared_expert")
 def shared_expert(params: Any, x_GSM: jax.Array, moe: "MoE") -> jax.Array:
     """The output of the shared expert, which every token uses: [G, S, M]."""
-    y_GSM = Experts(moe.activation)(x_GSM, params, SHARED)
+    y_GSM = FeedForward(moe.activation)(x_GSM, params, SHARED)
     if moe.shared_expert_gate:
         y_GSM *= jax.nn.sigmoid(linear(x_GSM, params["gate"]))
     return y_GSM

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from moe_jax.costs import FLOAT32, Bytes, Cost, Saving, ffn_cost
 from moe_jax.moe.routing import Options
 from moe_jax.moe.run_experts.plan import way_of
-from moe_jax.parallel.rules import mesh_in_use, num_shards
+from moe_jax.parallel.rules import mesh_in_use, num_shards, platform
 from moe_jax.part import Dims
 
 if TYPE_CHECKING:
@@ -90,13 +90,14 @@ def moving_cost(moe: "MoE", width: int, length: int, itemsize: int) -> Cost:
         batched=True,
         traffic=Bytes(traffic * itemsize),
         exchanged=rows * width * itemsize,
+        returned_again=reads_outputs(moe),
         slots=slots * width * itemsize,
         buffers=buffers * itemsize,
     )
 
 
 def experts_cost(moe: "MoE", dims: Dims, length: int, itemsize: int) -> Cost:
-    """The routed experts. Saved: rows in and out, and their matrices' inputs and outputs."""
+    """The routed experts. Saved: rows in, outputs if needed, and what is between the matrices."""
     width, specs = dims.model_dim, moe.expert_specs(dims)
     rows, used, in_memory = (f(moe, length) for f in (expert_rows, mean_experts, memory_rows))
     matrices = [spec for spec in specs.values() if len(spec.shape) == 3]
@@ -108,7 +109,9 @@ def experts_cost(moe: "MoE", dims: Dims, length: int, itemsize: int) -> Cost:
         flops=used * flops,
         padding=(rows - used) * flops,
         batched=True,
-        saved=features([*inner, ("model", 2 * width)]).times(in_memory * itemsize),
+        saved=features([*inner, ("model", (1 + reads_outputs(moe)) * width)]).times(
+            in_memory * itemsize
+        ),
         largest=features([max(inner, key=lambda side: side[1], default=("model", width))]).times(
             in_memory * itemsize
         ),
@@ -143,6 +146,13 @@ def expert_rows(moe: "MoE", length: int) -> float:
     """
     slots = slots_of_a_token(moe, length)
     return min(slots, mean_experts(moe, length)) if is_sorted(moe) else slots
+
+
+def reads_outputs(moe: "MoE") -> bool:
+    """Whether the gradient of the gates needs the outputs of experts; a CPU's loop keeps them."""
+    by_contraction = way_of(moe)[0] == "einsum" or moe.router.mixes
+    in_a_loop = is_sorted(moe) and platform() == "cpu"
+    return by_contraction or in_a_loop or moe.experts.gates_outputs
 
 
 def is_sorted(moe: "MoE") -> bool:

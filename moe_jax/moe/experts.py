@@ -50,37 +50,75 @@ class Relu(Activation):
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """A feed-forward network on rows and experts in any layout.
+    """The network of experts, on rows in any layout.
 
     Attributes:
       activation: between the matrix products.
       dropout_rate: on the hidden units; off if the layout has no random key.
+      gates_outputs: whether `gated` multiplies outputs, so that the gradient of a gate needs them.
     """
+
+    gates_outputs: ClassVar[bool] = True
 
     activation: Activation
     dropout_rate: float = 0.0
 
     def __call__(self, x: jax.Array, weights: Weights, layout: Layout) -> jax.Array:
-        """(activation(x wi, x wg)) wo, each row by itself.
+        """What the experts compute, each row by itself.
 
         Args:
           x: rows [..., M]; their dtype is the compute dtype.
-          weights: `wi` and `wo`, `wg` if gated, and biases `bi`, `bg`, `bo` if there are any.
+          weights: arrays by name; their leading dim is E if the layout has more than one expert.
           layout: how rows are multiplied by weights.
 
         Returns:
           Rows [..., M] in the dtype of `x`.
         """
+        raise NotImplementedError
 
-        def product(rows: jax.Array, name: str) -> jax.Array:
+    def gated(
+        self, x: jax.Array, weights: Weights, layout: Layout, gate: jax.Array | None
+    ) -> jax.Array:
+        """Outputs times the gate of each row, float32 [..., 1]; None: 1."""
+        y = self(x, weights, layout)
+        return y if gate is None else (y * gate).astype(y.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForward(Experts):
+    """(activation(x wi, x wg)) wo.
+
+    `weights` are `wi` and `wo`, `wg` if gated, and biases `bi`, `bg`, `bo` if there are any.
+    """
+
+    gates_outputs: ClassVar[bool] = False
+
+    def __call__(self, x: jax.Array, weights: Weights, layout: Layout) -> jax.Array:
+        """See `Experts`."""
+        return self.gated(x, weights, layout, None)
+
+    def gated(
+        self, x: jax.Array, weights: Weights, layout: Layout, gate: jax.Array | None
+    ) -> jax.Array:
+        """See `Experts`; the gate multiplies the hidden units.
+
+        Then the gradient of the gate does not depend on the output. The backward pass neither
+        keeps the output nor computes it again.
+        """
+
+        def product(rows: jax.Array, name: str, factor: jax.Array | None = None) -> jax.Array:
             out = grouped(rows, weights["w" + name], layout)
-            bias = weights.get("b" + name)
-            return out if bias is None else out + layout.expand(dense(bias).astype(x.dtype))
+            if "b" + name not in weights:
+                return out
+            bias = layout.expand(dense(weights["b" + name]).astype(x.dtype))
+            return out + (bias if factor is None else (bias * factor).astype(x.dtype))
 
         with jax.named_scope("experts"):
-            gate = product(x, "g") if self.activation.gated else None
-            hidden = self.activation.apply(product(x, "i"), gate)
+            gates = product(x, "g") if self.activation.gated else None
+            hidden = self.activation.apply(product(x, "i"), gates)
             if self.dropout_rate > 0 and layout.rng is not None:
                 keep = jax.random.bernoulli(layout.rng, 1 - self.dropout_rate, hidden.shape)
                 hidden = jnp.where(keep, hidden / (1 - self.dropout_rate), 0)
-            return product(hidden, "o")
+            if gate is not None:
+                hidden = (hidden * gate).astype(hidden.dtype)
+            return product(hidden, "o", gate)

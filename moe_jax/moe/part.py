@@ -20,7 +20,7 @@ from moe_jax.moe.bias import BiasUpdate
 from moe_jax.moe.block import moe_block, tokens_per_group
 from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.costs import moe_costs, moe_savings
-from moe_jax.moe.experts import Activation, Experts, Relu
+from moe_jax.moe.experts import Activation, Experts, FeedForward, Relu
 from moe_jax.moe.load_balance import LoadBalance
 from moe_jax.moe.routing import Options, Router
 from moe_jax.moe.routing.token_choice import TokenChoice
@@ -184,7 +184,7 @@ class MoE(Part):
     @property
     def experts(self) -> Experts:
         """The network of the routed experts."""
-        return Experts(self.activation, self.expert_dropout_rate)
+        return FeedForward(self.activation, self.expert_dropout_rate)
 
     def expert_axes(self, model_dim: int) -> dict[str, Axes]:
         """Names of the dims of each expert weight."""

@@ -151,18 +151,21 @@ def _of_weights(work: Workload) -> Iterator[Collective]:
 def _of_slots(work: Workload) -> Iterator[Collective]:
     """Slots of every token to the devices of its experts and back: T x slots per token x M.
 
-    Both ways in the forward pass and in the backward pass, and again if remat repeats the layer.
+    Both ways in the forward pass and in the backward pass. Remat sends slots to the experts again,
+    and their outputs back if the gradient of the gates needs them.
     """
     axes = tuple(
         axis
         for axis in mesh_axes("expert", abstract_mesh(work.mesh))
         if abstract_mesh(work.mesh).shape[axis] > 1
     )
-    a_way = work.tokens * work.total(lambda cost: cost.exchanged)
-    a_way *= work.config.training.num_microbatches
+    tokens, runs = work.tokens * work.config.training.num_microbatches, work.runs_of_layers
+    again = work.learns and work.model.remat != "none"
+    back = work.total(lambda cost: cost.exchanged * (runs - (again and not cost.returned_again)))
     n = work.mesh.expert_shards
-    for name in ("dispatch", "combine"):
-        yield Collective(name, "routing", "all-to-all", axes, n, work.runs_of_layers * a_way)
+    there = runs * work.total(lambda cost: cost.exchanged)
+    for name, passes in (("dispatch", there), ("combine", back)):
+        yield Collective(name, "routing", "all-to-all", axes, n, tokens * passes)
 
 
 def _of_tensor_parallel(work: Workload) -> Iterator[Collective]:

@@ -5,7 +5,7 @@ scatter-add, which is slow on every platform.
 """
 
 import functools
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,20 @@ from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.run_experts.exchange import BY_CONSTRAINT, Exchange
 from moe_jax.moe.run_experts.slots import run_slots
-from moe_jax.moe.run_experts.sorting import Order
+
+
+class Places(NamedTuple):
+    """Which choice is in which slot, or row.
+
+    Attributes:
+      choice_P: int32, the choice (token * K + k) in each slot; S * K in an empty slot.
+      slot_SK: int32, the slot of each choice; of any value if it has none.
+      kept_SK: bool, whether a choice has a slot.
+    """
+
+    choice_P: jax.Array
+    slot_SK: jax.Array
+    kept_SK: jax.Array
 
 
 def run_gather(
@@ -39,12 +52,15 @@ def run_gather(
     choice_GP = jax.vmap(functools.partial(choice_in_slot, num_slots=num_slots))(slot_GSK)
 
     # Group by group, so that on a mesh each device reads its own tokens.
-    x_GPM = jax.vmap(fill)(x_GSM, choice_GP, slot_GSK, assignment.kept_GSK)
-    x_EGCM = x_GPM.reshape(groups, num_experts, capacity, model_dim).swapaxes(0, 1)
-    y_EGCM = run_slots(x_EGCM, weights, experts, rng, exchange)
+    places = Places(choice_GP, slot_GSK, assignment.kept_GSK)
+    x_GPM = jax.vmap(fill)(x_GSM, places)
+    gate_GP1 = jax.vmap(fill_gates)(assignment.gate_GSK, places)
+    x_EGCM, gate_EGC1 = (
+        rows.reshape(groups, num_experts, capacity, -1).swapaxes(0, 1) for rows in (x_GPM, gate_GP1)
+    )
+    y_EGCM = run_slots(x_EGCM, gate_EGC1, weights, experts, rng, exchange)
     y_GPM = y_EGCM.swapaxes(0, 1).reshape(groups, num_slots, model_dim)
-    gates = (assignment.gate_GSK, choice_GP, slot_GSK, assignment.kept_GSK)
-    return jax.vmap(combine)(y_GPM, *gates)
+    return jax.vmap(combine)(y_GPM, places)
 
 
 def choice_in_slot(slot_SK: jax.Array, num_slots: int) -> jax.Array:
@@ -55,73 +71,34 @@ def choice_in_slot(slot_SK: jax.Array, num_slots: int) -> jax.Array:
 
 
 @jax.custom_vjp
-def fill(x_SM: jax.Array, choice_P: jax.Array, slot_SK: jax.Array, kept_SK: jax.Array) -> jax.Array:
-    """[S, M] -> [P, M]; empty slots are 0."""
+def fill(x_SM: jax.Array, places: Places) -> jax.Array:
+    """[S, M] -> [P, M]: each slot reads its token; empty slots are 0."""
     # Empty slots read a row of zeros appended to the tokens.
     x_SM = jnp.concatenate([x_SM, jnp.zeros_like(x_SM, shape=(1, x_SM.shape[1]))])
-    return x_SM.at[choice_P // slot_SK.shape[1]].get(mode="clip")
-
-
-def _fill_forward(
-    x_SM: jax.Array, choice_P: jax.Array, slot_SK: jax.Array, kept_SK: jax.Array
-) -> tuple[jax.Array, Any]:
-    return fill(x_SM, choice_P, slot_SK, kept_SK), (slot_SK, kept_SK)
-
-
-def _fill_backward(residuals: Any, dx_PM: jax.Array) -> tuple[Any, ...]:
-    slot_SK, kept_SK = residuals
-    ones_SK = jnp.ones(slot_SK.shape, jnp.float32)
-    dx_SM = sum_choices(dx_PM, slot_SK, ones_SK, kept_SK)
-    return dx_SM.astype(dx_PM.dtype), None, None, None
-
-
-fill.defvjp(_fill_forward, _fill_backward)
+    return x_SM.at[places.choice_P // places.slot_SK.shape[1]].get(mode="clip")
 
 
 @jax.custom_vjp
-def rows_of(x_JM: jax.Array, order: Order, kept_JK: jax.Array) -> jax.Array:
-    """[J, M] -> [R, M]; every row is a choice. The gradient of a token is summed in float32."""
-    return x_JM[order.choice_R // order.row_JK.shape[1]]
+def combine(y_PM: jax.Array, places: Places) -> jax.Array:
+    """[P, M] -> [S, M]: sums the slots of each token, in float32. The transpose of `fill`."""
+    return sum_choices(y_PM, places.slot_SK, None, places.kept_SK).astype(y_PM.dtype)
 
 
-def _rows_of_forward(x_JM: jax.Array, order: Order, kept_JK: jax.Array) -> tuple[jax.Array, Any]:
-    return rows_of(x_JM, order, kept_JK), (order.row_JK, kept_JK)
+fill.defvjp(
+    lambda x_SM, places: (fill(x_SM, places), places),
+    lambda places, dx_PM: (combine(dx_PM, places), None),
+)
+combine.defvjp(
+    lambda y_PM, places: (combine(y_PM, places), places),
+    lambda places, dy_SM: (fill(dy_SM, places), None),
+)
 
 
-def _rows_of_backward(residuals: Any, dx_RM: jax.Array) -> tuple[Any, ...]:
-    dx_JM, *_ = _fill_backward(residuals, dx_RM)
-    return dx_JM, None, None
-
-
-rows_of.defvjp(_rows_of_forward, _rows_of_backward)
-
-
-@jax.custom_vjp
-def combine(
-    y_PM: jax.Array, gate_SK: jax.Array, choice_P: jax.Array, slot_SK: jax.Array, kept_SK: jax.Array
-) -> jax.Array:
-    """[P, M] and gates -> [S, M]."""
-    return sum_choices(y_PM, slot_SK, gate_SK, kept_SK).astype(y_PM.dtype)
-
-
-def _combine_forward(
-    y_PM: jax.Array, gate_SK: jax.Array, choice_P: jax.Array, slot_SK: jax.Array, kept_SK: jax.Array
-) -> tuple[jax.Array, Any]:
-    y_SM = combine(y_PM, gate_SK, choice_P, slot_SK, kept_SK)
-    return y_SM, (y_PM, gate_SK, choice_P, slot_SK, kept_SK)
-
-
-def _combine_backward(residuals: Any, dy_SM: jax.Array) -> tuple[Any, ...]:
-    y_PM, gate_SK, choice_P, slot_SK, kept_SK = residuals
-    num_rows, num_choices = gate_SK.size, gate_SK.shape[1]
-    filled_P = choice_P < num_rows
-    gate_P1 = take_or_zero(gate_SK.reshape(-1, 1), choice_P, filled_P)
-    dy_PM = take_or_zero(dy_SM, choice_P // num_choices, filled_P) * gate_P1
-    dgate_SK = gate_gradient(y_PM, slot_SK, dy_SM, kept_SK).astype(gate_SK.dtype)
-    return dy_PM.astype(y_PM.dtype), dgate_SK, None, None, None
-
-
-combine.defvjp(_combine_forward, _combine_backward)
+def fill_gates(gate_SK: jax.Array, places: Places) -> jax.Array:
+    """[S, K] -> [P, 1]: the gate of the choice in each slot; 0 in empty slots."""
+    by_choice = Places(places.choice_P, *(one.reshape(-1, 1) for one in places[1:]))
+    gate_P1: jax.Array = fill(gate_SK.reshape(-1, 1), by_choice)
+    return gate_P1
 
 
 def take_or_zero(x: jax.Array, index: jax.Array, valid: jax.Array) -> jax.Array:
@@ -130,14 +107,14 @@ def take_or_zero(x: jax.Array, index: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 def sum_choices(
-    y_RM: jax.Array, row_JK: jax.Array, weight_JK: jax.Array, kept_JK: jax.Array
+    y_RM: jax.Array, row_JK: jax.Array, weight_JK: jax.Array | None, kept_JK: jax.Array
 ) -> jax.Array:
     """sum_k weight[j, k] * y[row[j, k]] over kept choices.
 
     Args:
       y_RM: rows in any float dtype; only those of kept choices are read.
       row_JK: int32, the row of each choice.
-      weight_JK: float32.
+      weight_JK: float32; None: 1.
       kept_JK: bool.
 
     Returns:
@@ -146,7 +123,7 @@ def sum_choices(
     y_JM = jnp.zeros((row_JK.shape[0], y_RM.shape[1]), jnp.float32)
     for k in range(row_JK.shape[1]):
         y_k_JM = take_or_zero(y_RM, row_JK[:, k], kept_JK[:, k]).astype(jnp.float32)
-        y_JM = y_JM + y_k_JM * weight_JK[:, k, None]
+        y_JM += y_k_JM if weight_JK is None else y_k_JM * weight_JK[:, k, None]
     return y_JM
 
 

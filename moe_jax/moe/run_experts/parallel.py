@@ -22,7 +22,7 @@ from moe_jax.moe.run_experts.buffer import (
     starts,
 )
 from moe_jax.moe.run_experts.exchange import ByAllToAll
-from moe_jax.moe.run_experts.gather import rows_of, run_gather, sum_choices
+from moe_jax.moe.run_experts.gather import combine, fill, fill_gates, run_gather
 from moe_jax.moe.run_experts.gathered import in_compute_dtype
 from moe_jax.moe.run_experts.grouped_matmul import says_how_it_varies
 from moe_jax.moe.run_experts.plan import Plan
@@ -278,21 +278,24 @@ def through_ragged_exchange(
         choices, order = keep_first(choices, order, rows_QE[me])
         overflow = jnp.sum(sent_JK & ~choices.kept_JK, dtype=jnp.int32)
         buffer = Buffer(overflow, most_sent, most_sent.astype(jnp.float32) / sent_JK.size)
-    _, gate_JK, kept_JK = choices
-    x_RM = rows_of(x_JM, order, kept_JK)
+    places = order.places(choices.kept_JK)
     there, back = ways_of_rows(rows_QE, num_own, me)
-    empty_WM = jnp.zeros_like(x_RM, shape=(max_rows, x_RM.shape[1]))
-    x_WM = ragged_all_to_all(x_RM, empty_WM, *there, axis_name=axes)
+
+    def sent(rows: jax.Array) -> jax.Array:
+        empty = jnp.zeros_like(rows, shape=(max_rows, rows.shape[1]))
+        return ragged_all_to_all(rows, empty, *there, axis_name=axes)
+
+    x_RM: jax.Array = fill(x_JM, places)
+    x_WM, gate_W1 = sent(x_RM), sent(fill_gates(choices.gate_JK, places))
     own_QE = jax.lax.dynamic_slice_in_dim(rows_QE, me * num_own, num_own, axis=1)
     expert_W, is_filled_W = expert_of_rows(own_QE, max_rows)
     filled_W1 = is_filled_W[:, None]
-    received = TokenChoices(expert_W[:, None], filled_W1.astype(jnp.float32), filled_W1)
+    received = TokenChoices(expert_W[:, None], jnp.where(filled_W1, gate_W1, 0), filled_W1)
     y_WM = through_sorted_rows(
-        x_WM, received, weights, experts, rng, plan.kernel, likely_rows=kept_JK.size
+        x_WM, received, weights, experts, rng, plan.kernel, likely_rows=order.row_JK.size
     )
     y_RM = ragged_all_to_all(y_WM, jnp.zeros_like(x_RM), *back, axis_name=axes)
-    y_JM = sum_choices(y_RM, order.row_JK, gate_JK, kept_JK).astype(x_JM.dtype)
-    return Combined(y_JM, kept_JK, buffer)
+    return Combined(combine(y_RM, places), choices.kept_JK, buffer)
 
 
 def ways_of_rows(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.run_experts.expert_loop import expert_loop, one_by_one
-from moe_jax.moe.run_experts.gather import rows_of, sum_choices
+from moe_jax.moe.run_experts.gather import combine, fill, fill_gates
 from moe_jax.moe.run_experts.grouped_matmul import grouped_matmul
 from moe_jax.moe.run_experts.sorting import TokenChoices, choices_of, sort_by_expert
 
@@ -96,8 +96,11 @@ def through_sorted_rows(
     if kernel == "loop":
         return expert_loop(experts, weights, rng, x_JM, gate_JK, kept_JK, order, likely_rows)
     layout = SortedRows(rng, order.rows_E, kept_JK.size, kernel, likely_rows)
-    y_RM = experts(rows_of(x_JM, order, kept_JK), weights, layout)
-    return sum_choices(y_RM, order.row_JK, gate_JK, kept_JK).astype(x_JM.dtype)
+    places = order.places(kept_JK)
+    gate_R1 = fill_gates(gate_JK, places)
+    y_RM = experts.gated(fill(x_JM, places), weights, layout, gate_R1)
+    y_JM: jax.Array = combine(y_RM, places)
+    return y_JM
 
 
 def num_experts_of(weights: Weights) -> int:

@@ -29,6 +29,7 @@ class Slots:
 
 def run_slots(
     x_EGCM: jax.Array,
+    gate_EGC1: jax.Array | None,
     weights: Weights,
     experts: Experts,
     rng: jax.Array | None,
@@ -38,13 +39,25 @@ def run_slots(
 
     Chunks split the slots of each expert. No chunk waits for another, so a compiler with
     asynchronous collectives can overlap them.
+
+    Args:
+      x_EGCM: slots.
+      gate_EGC1: float32, factors of the outputs; None: 1.
+      weights: see `run_experts`.
+      experts: see `run_experts`.
+      rng: see `run_experts`.
+      exchange: moves slots between devices.
     """
     num_chunks = min(exchange.num_chunks, x_EGCM.shape[2])
+    chunks = jnp.array_split(x_EGCM, num_chunks, axis=2)
+    gates: list[jax.Array | None] = [None] * num_chunks
+    if gate_EGC1 is not None:
+        gates = [exchange.to_experts(gate) for gate in jnp.array_split(gate_EGC1, num_chunks, 2)]
     outputs = []
-    for i, chunk_EGCM in enumerate(jnp.array_split(x_EGCM, num_chunks, axis=2)):
+    for i, (chunk_EGCM, gate) in enumerate(zip(chunks, gates, strict=True)):
         key = rng if rng is None or i == 0 else jax.random.fold_in(rng, i)
         chunk_EGCM = exchange.to_experts(chunk_EGCM)
-        outputs.append(exchange.to_tokens(experts(chunk_EGCM, weights, Slots(key))))
+        outputs.append(exchange.to_tokens(experts.gated(chunk_EGCM, weights, Slots(key), gate)))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=2)
 
 
@@ -90,5 +103,5 @@ def mix_slots(
     """
     dispatch_GSEC, combine_GSEC = (mix_GSEC.astype(x_GSM.dtype) for mix_GSEC in mixing)
     x_EGCM = jnp.einsum("GSEC,GSM->EGCM", dispatch_GSEC, x_GSM)
-    y_EGCM = run_slots(x_EGCM, weights, experts, rng, exchange)
+    y_EGCM = run_slots(x_EGCM, None, weights, experts, rng, exchange)
     return jnp.einsum("GSEC,EGCM->GSM", combine_GSEC, y_EGCM)

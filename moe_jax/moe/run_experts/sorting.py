@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.moe.capacity import Assignment
+from moe_jax.moe.run_experts.gather import Places
 
 
 class TokenChoices(NamedTuple):
@@ -34,6 +35,12 @@ class Order(NamedTuple):
     choice_R: jax.Array
     row_JK: jax.Array
     rows_E: jax.Array
+
+    def places(self, kept_JK: jax.Array) -> Places:
+        """The kept choices and their rows; rows after them are empty."""
+        is_filled_R = jnp.arange(self.choice_R.size) < jnp.sum(self.rows_E)
+        choice_R = jnp.where(is_filled_R, self.choice_R, kept_JK.size)
+        return Places(choice_R, self.row_JK, kept_JK)
 
 
 def choices_of(assignment: Assignment) -> TokenChoices:
