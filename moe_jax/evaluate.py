@@ -154,7 +154,7 @@ def evaluate_run(
             f"data.objective of the run is {kind_of(objective)!r}",
             "Pass --corpus",
         )
-        paths = [path for name in options.text for path in text_files(name)]
+        paths = texts_of(options)
         tokenizer, domains = open_tokenizer_of(config.data), file_names(paths)
         texts = [read_text(path) for path in paths]
         batches = text_batches(texts, tokenizer, sequence_length=length, batch_size=rows)[:some]
@@ -175,6 +175,11 @@ def evaluate_run(
     losses = score(*of_model, batches, domains, token_bytes_V, mesh, state.step)
     part = f"{options.batches} batches of {rows} sequences of " if options.batches else ""
     return {"step": int(state.step), "text": part + named, **losses}
+
+
+def texts_of(options: Options) -> list[str]:
+    """The files of all --text."""
+    return [path for name in options.text for path in text_files(name)]
 
 
 def text_files(name: str) -> list[str]:
@@ -235,6 +240,7 @@ def main() -> None:
     """Loads a checkpoint, evaluates it, and prints the results."""
     import jax
 
+    from moe_jax.analysis.checkpoint import read_text
     from moe_jax.files import write_atomically
     from moe_jax.inference.choices import choose, read_questions
     from moe_jax.inference.generation import ROWS
@@ -245,7 +251,10 @@ def main() -> None:
     options = Options(**{name: getattr(values, name) for name in names})
     if values.output:
         command_line.require_file("output", values.output, r'\{\s*"step": \d+,\s*"text": "')
+    # What cannot be read is refused before the model is loaded.
     questions = read_questions(options.choices) if options.choices else []
+    for path in texts_of(options):
+        read_text(path)
     workdir = pathlib.Path(values.workdir)
     config, state = load_run(workdir, command_line.mesh_of_flag(), options.step, trust=values.trust)
     found: dict[str, Any]

@@ -267,7 +267,8 @@ def test_given_texts_are_domains_of_their_own(tmp_path):
     one.write_text("é" * 20)
     other.write_text("x" * 500)
     options = Options(text=(str(one), str(other)), tokens=200)
-    names, batches = batches_of("", CONFIG, open_tokenizer("byte"), options)
+    texts = [one.read_text(), other.read_text()]
+    names, batches = batches_of("", CONFIG, open_tokenizer("byte"), options, texts)
     assert names == ("one.txt", "other.txt")
     tokens = [
         np.sum((b["segment_ids"] > 0).sum(1) * (b["domain"] == d)) for b in batches for d in (0, 1)
@@ -293,6 +294,9 @@ def test_a_file_without_text_is_refused(tmp_path, data, message):
     (tmp_path / "x.txt").write_bytes(data)
     with pytest.raises(ValueError, match=message):
         read_text(str(tmp_path / "x.txt"))
+    # Before a model is loaded: there is no run here.
+    with pytest.raises(ValueError, match=message):
+        analyze_run(tmp_path, Options(text=(str(tmp_path / "x.txt"),)))
 
 
 def test_settings_say_how_experts_were_filled_and_not_where_files_are(analysis, tmp_path):

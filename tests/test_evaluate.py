@@ -176,6 +176,8 @@ def test_inference_has_its_own_batch(score, finished, tmp_path, capsys):
         (["--text=a", "--corpus=embedded"], "--text=a, --corpus=embedded. Leave one out"),
         (["--text=/nowhere/a.txt"], "No such file or directory: /nowhere/a.txt. Correct the path"),
         (["--text=/dev/null"], "the file /dev/null is blank. Name another"),
+        # Before the checkpoint is read: there is none of step 3.
+        (["--text=/dev/null", "--step=3"], "the file /dev/null is blank. Name another"),
         (["--corpus=embeded"], "embeded"),
         (["--heldout_fraction=0.3"], "--heldout_fraction needs another --corpus"),
         (["--text_field=body"], "--text_field needs another --corpus"),

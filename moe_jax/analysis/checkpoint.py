@@ -72,10 +72,11 @@ def analyze_run(workdir: str | pathlib.Path, options: Options | None = None) -> 
         f"--tokens={options.tokens} for {len(options.text)} files of --text",
         "Raise --tokens, or give fewer files",
     )
+    texts = [read_text(path) for path in options.text]
     config, state = load_run(workdir, step=options.step, trust=options.trust)
     check_model(config.model, workdir, options)
     tokenizer = open_tokenizer_of(config.data)
-    domains, batches = batches_of(workdir, config, tokenizer, options)
+    domains, batches = batches_of(workdir, config, tokenizer, options, texts)
     last = int(state.step)
     of = {"of_encoder": options.encoder}
     routed = route_batches(state, config.model, batches, options.tokens, **of)
@@ -150,13 +151,20 @@ def load_if_whole(workdir: str | pathlib.Path, step: int, trust: bool) -> TrainS
 
 
 def batches_of(
-    workdir: str | pathlib.Path, config: ExperimentConfig, tokenizer: Tokenizer, options: Options
+    workdir: str | pathlib.Path,
+    config: ExperimentConfig,
+    tokenizer: Tokenizer,
+    options: Options,
+    texts: Sequence[str] = (),
 ) -> tuple[tuple[str, ...], list[Example]]:
-    """The names of the domains, and batches with `options.tokens` tokens or more, if available."""
+    """The names of the domains, and batches with `options.tokens` tokens or more, if available.
+
+    `texts` are the contents of `options.text`; without any, the held-out split is read.
+    """
     rows = config.training.batch_size // config.training.num_microbatches
     if options.text:
         return file_names(options.text), text_batches(
-            [read_text(path) for path in options.text],
+            texts,
             tokenizer,
             sequence_length=config.data.sequence_length,
             batch_size=rows,
