@@ -17,7 +17,7 @@ from moe_jax.parallel.rules import named_sharding
 from moe_jax.parameters import ParameterSpec, Weight, init_parameters, learning, zeros
 from moe_jax.part import Call
 from moe_jax.training.arrays import by_name
-from moe_jax.training.imported import save_imported
+from moe_jax.training.imported import save_imported, save_state
 from moe_jax.training.init_from import open_source
 from moe_jax.training.saved import load_run
 from moe_jax.training.state import init_state
@@ -277,11 +277,13 @@ def test_the_command_makes_a_run_without_adapters(tmp_path, capsys):
     config = dataclasses.replace(plain, model=model, optimizer=optimizer, init_from=given)
     run, output = tmp_path / "run", tmp_path / "merged"
     run.mkdir()
-    save_imported(run, config, params, {}, {}, {})
+    state = tiny_state(plain)._replace(step=jnp.int32(7), params=params, opt_state=())
+    save_state(run, config, state, {}, {})
     assert main(["merge_adapters", f"--workdir={run}", f"--output={output}"]) == 0
     said = capsys.readouterr().out
     assert "weights of 4 bits (experts) are written as floats" in said and "merged" in said
     found, state = load_run(output)
+    assert int(state.step) == 7, "annealed settings keep the values that they had in the run"
     assert found == dataclasses.replace(plain, mesh=found.mesh)
     jax.tree.map(np.testing.assert_array_equal, state.params, dense_params(params))
     with pytest.raises(SystemExit):
