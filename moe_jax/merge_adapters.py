@@ -1,8 +1,8 @@
 """Merges adapters into weights: `python -m moe_jax.merge_adapters --workdir=RUN --output=OUT`.
 
-The output is the directory of a run without adapters, in float32, at the step of its source. Quantised weights
-under an adapter are dequantised and merged. `docs/finetuning.md` describes adapters;
-`convert --to-peft` writes only the adapters.
+The output is the directory of a run without adapters, in float32, at the step of its source.
+Quantised weights under an adapter are dequantised and merged. `docs/finetuning.md` describes
+adapters; `convert --to-peft` writes only the adapters.
 """
 
 import pathlib
