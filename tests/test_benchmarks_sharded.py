@@ -77,7 +77,7 @@ def test_meshes(layer, num_devices, mesh):
 def test_a_ragged_exchange_counts_as_many_rows_as_equally_loaded_experts_get():
     def program(kind, num_bytes):
         one = Collective(kind, "", num_bytes, group=(0, 1, 2, 3), count=2)
-        return Program(7, 11, (one,), {}, ())
+        return Program(7, {"": 11}, (one,), {}, ())
 
     slots = work_of(program("all-to-all", 400), RELU, chunks=1)
     assert slots == Work(7, 11, 2 * 400 * 3 / 4)

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+import re
 from unittest import mock
 
+import jax
 import pytest
 
 from moe_jax.config import DataConfig, ExperimentConfig, MeshConfig, TrainingConfig
@@ -35,7 +37,11 @@ from moe_jax.planning.roofline import (
 from moe_jax.planning.sweep import describe_sweep, meshes, sweep, sweep_text
 from moe_jax.planning.text import plan_text, table, verdict
 from moe_jax.planning.topology import parse_topology
+from moe_jax.planning.traffic import traffic_by_scope
 from moe_jax.planning.workload import resolve
+from moe_jax.training.state import abstract_batch, abstract_state
+from moe_jax.training.step import make_train_step
+from tests.tiny_run import tiny_config
 
 GIB = 1024**3
 V5P = parse_topology("v5p:2x2x1")
@@ -295,7 +301,8 @@ def test_a_compiler_that_names_no_sizes_is_not_quoted_with_numbers():
 
 # A program for 4 devices: an all-to-all over expert, five times.
 PROGRAM = Program(
-    flops=10**12, hbm_bytes=10**10, uncounted={"kernel": 2}, unknown_loops=("while",),
+    flops=10**12, traffic={"jit(step)/jvp()/while/body/moe/run_experts/gather": 10**10},
+    uncounted={"kernel": 2}, unknown_loops=("while",),
     collectives=(Collective("all-to-all", "bf16[8]", 1000, (0, 1), "layer", 5),),
 )  # fmt: skip
 STEP = Compiled(CompilerMemory(100, 90, 80, 50, 5), PROGRAM, 1.5, 2.5, 5e11)
@@ -318,6 +325,34 @@ def test_a_compiled_step_is_reported_against_the_arithmetic():
     text = plan_text(plan)
     assert "fits: 0.000 GiB of 95.740 GiB" in text
     assert "counts the body of a loop once" in text and "kernel x2" in text and "while" in text
+    assert said["hbm_bytes_by_scope"] == {"moe/run_experts": 10**10}
+    assert re.search(r"memory traffic in +GB\n +moe/run_experts +10\.000 +100%\n", text)
+
+
+def test_memory_traffic_has_the_scopes_of_its_instructions():
+    """A transformation wraps the first scope; a name within another is none."""
+    experts = "jit(step)/transpose(jvp(moe))/run_experts/experts/checkpoint/dot_general"
+    again = "jit(step)/while/body/checkpoint/rematted_computation/moe/run_experts/experts/mul"
+    traffic = {
+        experts: 40, again: 20, "jit(step)/jvp(head)/dot_general": 30, "": 3,
+        "jit(step)/headed/attention_of/mul": 5, "jit(step)/attention/add;jit(step)/mul": 2,
+    }  # fmt: skip
+    found = traffic_by_scope(dataclasses.replace(PROGRAM, traffic=traffic), CONFIG.model)
+    expected = {"moe/run_experts/experts": 60, "head": 30, "other": 8, "attention": 2}
+    assert list(found.items()) == list(expected.items())
+
+
+def test_every_scope_is_in_the_training_step():
+    config = tiny_config()
+    state = abstract_state(config)
+    batch = abstract_batch(config, (1, config.training.batch_size))
+    lowered = jax.jit(make_train_step(config)).lower(state, batch)
+    origins = set(re.findall(r'"(jit\([^"]+)"', lowered.as_text(debug_info=True)))
+    found = traffic_by_scope(
+        dataclasses.replace(PROGRAM, traffic=dict.fromkeys(origins, 1)), config.model
+    )
+    moe = {f"moe/{name}" for name in ("router", "run_experts", "run_experts/experts")}
+    assert {*moe, "attention", "embedding", "head", "loss", "optimizer", "other"} <= set(found)
 
 
 def test_json_holds_numbers_only_json_knows():

@@ -160,7 +160,7 @@ def test_the_plan_says_what_is_computed_in_vain():
 
 def compiled(flops, grouped_flops, row_tiles=()):
     memory = CompilerMemory(1, 0, 0, 0, 0)
-    program = Program(flops, 10**9, (), {}, (), grouped_flops, row_tiles)
+    program = Program(flops, {}, (), {}, (), grouped_flops, row_tiles)
     return Compiled(memory, program, 1.0, 1.0)
 
 

@@ -134,7 +134,8 @@ class Branches:
         """A branch's contribution to the residual: normed, multiplied, with dropout."""
         auxes, caches = self.collected
         own = self.own.of(name, self.numbers[name])
-        y_BLM, aux, cache = part.apply(self.params[name], x_BLM, self.call, own)
+        with jax.named_scope(name):
+            y_BLM, aux, cache = part.apply(self.params[name], x_BLM, self.call, own)
         if aux is not None:
             auxes[name] = aux
         if cache is not None:

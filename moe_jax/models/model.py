@@ -277,6 +277,7 @@ class LanguageModel(Settings):
         trees |= {"multi_token": multi_token, "last_alone": last_alone}
         return self.run_embedded(params, x_BLM, call, **trees)
 
+    @jax.named_scope("embedding")
     def embed(self, params: Any, tokens_BL: jax.Array) -> jax.Array:
         """The embedded tokens in float32, [B, L, M]."""
         # Gather the whole table over fsdp; otherwise the compiler replicates the batch. In float32,
@@ -336,6 +337,7 @@ class LanguageModel(Settings):
         x_BLM = dropout(x_BLM, self.dropout_rate, key)
         return stack.apply(params[name], x_BLM, call, **trees)
 
+    @jax.named_scope("head")
     def logits(self, params: Any, x_BLM: jax.Array) -> jax.Array:
         """The output head on a normed residual: float32 [B, L, V], after bias, scale and cap."""
         weight = params["embedding" if self.tie_embeddings else "head"]

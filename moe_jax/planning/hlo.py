@@ -11,6 +11,7 @@ without the loop can have other collectives and fewer FLOPs than the program tha
 import dataclasses
 import re
 from collections import Counter
+from collections.abc import Mapping
 
 from moe_jax.planning.hlo_collectives import (
     OPERATIONS,
@@ -40,10 +41,10 @@ class Program:
 
     Attributes:
       flops: of matmuls, kernels included, and convolutions; a multiply-add counts as two.
-      hbm_bytes: bytes that instructions outside fusions read from and write to main memory, with
-        the padding of the layout; on-chip memory is free.
+      traffic: bytes that instructions outside fusions read from and write to main memory, with the
+        padding of the layout, by their origin in the traced program; on-chip memory is free.
       collectives: with their counts; equal ones are one entry.
-      uncounted: custom calls whose FLOPs are not in `flops`, and how often they run; `hbm_bytes`
+      uncounted: custom calls whose FLOPs are not in `flops`, and how often they run; `traffic`
         includes the arrays that they read and write.
       unknown_loops: loops of unknown length, counted as if they ran once.
       grouped_flops: the part of `flops` in kernels of grouped matmuls, for all rows of their
@@ -52,12 +53,17 @@ class Program:
     """
 
     flops: int
-    hbm_bytes: int
+    traffic: Mapping[str, int]
     collectives: tuple[Collective, ...]
     uncounted: dict[str, int]
     unknown_loops: tuple[str, ...]
     grouped_flops: int = 0
     row_tiles: tuple[int, ...] = ()
+
+    @property
+    def hbm_bytes(self) -> int:
+        """All bytes of `traffic`."""
+        return sum(self.traffic.values())
 
 
 def read_program(text: str) -> Program:
@@ -75,7 +81,7 @@ def read_program(text: str) -> Program:
     total = _Counter(module).count(module.computations[module.entry])
     return Program(
         flops=total.flops,
-        hbm_bytes=total.hbm_bytes,
+        traffic=dict(total.traffic),
         collectives=tuple(
             dataclasses.replace(one, count=count) for one, count in total.collectives.items()
         ),
@@ -91,7 +97,7 @@ class _Total:
     """Sums over instructions; the keys of `collectives` have count 1."""
 
     flops: int = 0
-    hbm_bytes: int = 0
+    traffic: Counter[str] = dataclasses.field(default_factory=Counter)
     collectives: Counter[Collective] = dataclasses.field(default_factory=Counter)
     uncounted: Counter[str] = dataclasses.field(default_factory=Counter)
     unknown_loops: dict[str, None] = dataclasses.field(default_factory=dict)
@@ -103,7 +109,8 @@ class _Total:
         if times == 0:
             return
         self.flops += times * other.flops
-        self.hbm_bytes += times * other.hbm_bytes
+        for origin, size in other.traffic.items():
+            self.traffic[origin] += times * size
         for one, count in other.collectives.items():
             self.collectives[one] += times * count
         for target, count in other.uncounted.items():
@@ -116,7 +123,7 @@ class _Total:
     def expense(self) -> tuple[int, int, float]:
         """The key by which branches of a conditional are compared."""
         wire = sum(one.wire_bytes * count for one, count in self.collectives.items())
-        return self.flops, self.hbm_bytes, wire
+        return self.flops, self.traffic.total(), wire
 
 
 class _Counter:
@@ -142,8 +149,8 @@ class _Counter:
             for instruction in computation.instructions.values():
                 if instruction.name not in passing:
                     self._count_instruction(total, computation, instruction, caller)
-                if not fused:
-                    total.hbm_bytes += bytes_moved(self.module, computation, instruction)
+                if not fused and (size := bytes_moved(self.module, computation, instruction)):
+                    total.traffic[instruction.op_name or caller] += size
             self.known[key] = total
         return self.known[key]
 

@@ -24,7 +24,7 @@ from moe_jax.planning.roofline import (
 )
 from moe_jax.planning.sorted_rows import executed_flops, share_in_kernels, sorted_rows
 from moe_jax.planning.topology import Topology
-from moe_jax.planning.traffic import hbm_traffic
+from moe_jax.planning.traffic import hbm_traffic, traffic_by_scope
 from moe_jax.planning.workload import Workload
 
 
@@ -243,6 +243,7 @@ def describe_compiled(compiled: Compiled, plan: Plan, *, is_step: bool) -> dict[
         "grouped_flops": program.grouped_flops,
         "row_tiles": list(program.row_tiles),
         "hbm_bytes": program.hbm_bytes,
+        "hbm_bytes_by_scope": traffic_by_scope(program, work.model),
         "collectives": [dataclasses.asdict(row) for row in rows],
         "uncounted": program.uncounted,
         "unknown_loops": list(program.unknown_loops),

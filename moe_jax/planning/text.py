@@ -28,7 +28,7 @@ from moe_jax.planning.roofline import (
 )
 from moe_jax.planning.sorted_rows import executed_flops, share_in_kernels, sorted_rows
 from moe_jax.planning.topology import Topology
-from moe_jax.planning.traffic import hbm_traffic
+from moe_jax.planning.traffic import hbm_traffic, traffic_by_scope
 
 MAX_REMEDIES = 6
 # If no product of sorted rows is dense, kernels compute at least this share; remat may save some.
@@ -231,6 +231,7 @@ def compiled_text(title: str, compiled: Compiled, plan: Plan, *, is_step: bool) 
     if cells:
         lines += table([("collective", "over", "n", "times", "GB", "GB sent"), *cells])
     lines += [f"  {line}" for line in _work(compiled, program, plan if is_step else None)]
+    lines += _traffic(program, plan)
     times = compiled_roofline(compiled, plan.work, plan.topology)
     lines += table([("least milliseconds", *RESOURCES), _times("compiled", times)])
     if is_step:
@@ -266,6 +267,20 @@ def _work(compiled: Compiled, program: Program, step: Plan | None) -> Iterator[s
         yield f"no FLOPs are known of calls of: {named}"
     if program.unknown_loops:
         yield f"counted once, their length is not known: {list(program.unknown_loops)}"
+
+
+def _traffic(program: Program, plan: Plan) -> list[str]:
+    """Memory traffic by scope, if there is any: those of at least 1 %."""
+    by_scope = traffic_by_scope(program, plan.work.model)
+    large = {name: size for name, size in by_scope.items() if size >= program.hbm_bytes / 100 > 0}
+    if not large:
+        return []
+    large["smaller ones"] = program.hbm_bytes - sum(large.values())
+    rows = [
+        (name, f"{size / 1e9:,.3f}", f"{size / program.hbm_bytes:.0%}")
+        for name, size in large.items()
+    ]
+    return table([("memory traffic in", "GB", ""), *rows])
 
 
 def _cost_analysis(compiled: Compiled) -> str:

@@ -1,11 +1,17 @@
-"""Bytes that a training step moves between a device's memory and its cores, by kind of layer.
+"""Bytes that a training step moves between a device's memory and its cores.
 
-This is the minimum for unfused matmuls: every product reads its two operands and writes its result.
-Elementwise work is assumed to be fused with them. Legend of shapes: `moe_jax.moe`.
+By kind of layer they are the minimum for unfused matmuls: every product reads its two operands and
+writes its result. Elementwise work is assumed to be fused with them. By scope they are those of a
+compiled program. Legend of shapes: `moe_jax.moe`.
 """
 
+import re
+from collections import Counter
+
 from moe_jax.costs import FLOAT32, KIND_OF_COMPONENT, Bytes, Cost
+from moe_jax.models.model import LanguageModel
 from moe_jax.planning.flops import KINDS, num_heads
+from moe_jax.planning.hlo import Program
 from moe_jax.planning.parameters import (
     gathered_size,
     local_size,
@@ -14,6 +20,26 @@ from moe_jax.planning.parameters import (
 )
 from moe_jax.planning.workload import Workload
 from moe_jax.training.optimizers import moments_of
+
+# `jax.named_scope`s of the library, in addition to one per branch of a layer, by its part's name.
+SCOPES = (
+    "embedding", "router", "run_experts", "experts", "shared_expert", "head", "loss", "optimizer",
+)  # fmt: skip
+OTHER = "other"
+
+
+def traffic_by_scope(program: Program, model: LanguageModel) -> dict[str, int]:
+    """Bytes of a program by scope, such as "moe/run_experts/experts"; the largest first.
+
+    "other" is outside all scopes: norms, residuals, and copies that the compiler adds without a
+    name.
+    """
+    names = {*model.part, *SCOPES}
+    total: Counter[str] = Counter()
+    for origin, size in program.traffic.items():
+        inside = [name for name in re.split(r"[/();]", origin) if name in names]
+        total["/".join(dict.fromkeys(inside)) or OTHER] += size
+    return dict(total.most_common())
 
 
 def hbm_traffic(work: Workload) -> dict[str, float]:

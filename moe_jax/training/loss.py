@@ -228,6 +228,7 @@ def call_of(batch: Batch, **settings: Any) -> Call:
     )
 
 
+@jax.named_scope("loss")
 def target_nats(logits_BLV: jax.Array, targets_BL: jax.Array) -> jax.Array:
     """Cross-entropy of every target, float32 [B, L], nats."""
     return optax.softmax_cross_entropy_with_integer_labels(

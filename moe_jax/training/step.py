@@ -61,8 +61,9 @@ def make_train_step(
         loss_settings = {"training_loss": config.training.loss, "arrays": arrays}
         loss, grads, shares = gradient(state, batch, keys, totals, model, trained, **loss_settings)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        params = filled(optax.apply_updates(trained, updates), state.params)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+            params = filled(optax.apply_updates(trained, updates), state.params)
         aux = merge_aux(shares.aux)
         sums = {name: of_part.sums for name, of_part in aux.items()}
         num_steps = config.training.num_steps
