@@ -168,7 +168,7 @@ def test_sorted_rows_have_a_place_for_each_choice_of_expert_choice():
     assert rows(work) == (2, 4)
     assert dispatch_bytes(work, moe_layer(work)) == 80 * 2 * 4 * 8 * 2
     # In addition to the rows: logits, the predictor's logits, and probabilities.
-    expected = 80 * (ATTENTION + 4 * 2 * (16 + 24) + 3 * 4 * 4)
+    expected = 80 * (ATTENTION + 4 * 2 * (8 + 24) + 3 * 4 * 4)
     assert layer_activations(work, moe_layer(work)) == expected
     one = ExpertChoice(predictor_loss_weight=1.0, max_experts=1)
     assert rows(workload(parts={"moe": settings | {"router": one}}))[1] == 1

@@ -277,15 +277,15 @@ class LanguageModel(Settings):
         trees |= {"multi_token": multi_token, "last_alone": last_alone}
         return self.run_embedded(params, x_BLM, call, **trees)
 
-    @jax.named_scope("embedding")
     def embed(self, params: Any, tokens_BL: jax.Array) -> jax.Array:
         """The embedded tokens in float32, [B, L, M]."""
         # Gather the whole table over fsdp; otherwise the compiler replicates the batch. In float32,
         # so that the gradient sums the many rows of a frequent token in float32.
-        table_VM = jax.tree.map(lambda a: constrain(a, "vocab", None), params["embedding"])
-        multiplier = self.embedding_multiplier
-        embedded_BLM = rows(table_VM, tokens_BL).astype(jnp.float32)
-        return embedded_BLM * (self.model_dim**0.5 if multiplier is None else multiplier)
+        with jax.named_scope("embedding"):
+            table_VM = jax.tree.map(lambda a: constrain(a, "vocab", None), params["embedding"])
+            multiplier = self.embedding_multiplier
+            embedded_BLM = rows(table_VM, tokens_BL).astype(jnp.float32)
+            return embedded_BLM * (self.model_dim**0.5 if multiplier is None else multiplier)
 
     def run_embedded(
         self,
@@ -337,19 +337,19 @@ class LanguageModel(Settings):
         x_BLM = dropout(x_BLM, self.dropout_rate, key)
         return stack.apply(params[name], x_BLM, call, **trees)
 
-    @jax.named_scope("head")
     def logits(self, params: Any, x_BLM: jax.Array) -> jax.Array:
         """The output head on a normed residual: float32 [B, L, V], after bias, scale and cap."""
-        weight = params["embedding" if self.tie_embeddings else "head"]
-        x_BLM = x_BLM.astype(self.compute_dtype)
-        logits_BLV = grouped(x_BLM, weight, ToLogits(self.tie_embeddings))
-        if self.head_bias:
-            logits_BLV += dense(params["head_bias"])
-        if self.logits_multiplier != 1:
-            logits_BLV *= self.logits_multiplier
-        if self.logits_softcap is not None:
-            logits_BLV = self.logits_softcap * jnp.tanh(logits_BLV / self.logits_softcap)
-        return constrain(logits_BLV, "batch", None, "vocab")
+        with jax.named_scope("head"):
+            weight = params["embedding" if self.tie_embeddings else "head"]
+            x_BLM = x_BLM.astype(self.compute_dtype)
+            logits_BLV = grouped(x_BLM, weight, ToLogits(self.tie_embeddings))
+            if self.head_bias:
+                logits_BLV += dense(params["head_bias"])
+            if self.logits_multiplier != 1:
+                logits_BLV *= self.logits_multiplier
+            if self.logits_softcap is not None:
+                logits_BLV = self.logits_softcap * jnp.tanh(logits_BLV / self.logits_softcap)
+            return constrain(logits_BLV, "batch", None, "vocab")
 
     def next_state(
         self, state: Any, sums: Mapping[str, Any], step: jax.Array, num_steps: int

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from moe_jax.costs import FLOAT32, Bytes, Cost, Saving, ffn_cost
 from moe_jax.moe.routing import Options
 from moe_jax.moe.run_experts.plan import way_of
-from moe_jax.parallel.rules import mesh_in_use, num_shards, platform
+from moe_jax.parallel.rules import mesh_in_use, num_shards
 from moe_jax.part import Dims
 
 if TYPE_CHECKING:
@@ -149,10 +149,9 @@ def expert_rows(moe: "MoE", length: int) -> float:
 
 
 def reads_outputs(moe: "MoE") -> bool:
-    """Whether the gradient of the gates needs the outputs of experts; a CPU's loop keeps them."""
+    """Whether the gradient of the gates needs the outputs of experts."""
     by_contraction = way_of(moe)[0] == "einsum" or moe.router.mixes
-    in_a_loop = is_sorted(moe) and platform() == "cpu"
-    return by_contraction or in_a_loop or moe.experts.gates_outputs
+    return by_contraction or moe.experts.gates_outputs
 
 
 def is_sorted(moe: "MoE") -> bool:

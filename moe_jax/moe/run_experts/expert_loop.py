@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from moe_jax.moe.experts import Experts, Weights
-from moe_jax.moe.run_experts.gather import gate_gradient, sum_choices
+from moe_jax.moe.run_experts.gather import sum_choices, take_or_zero
 from moe_jax.moe.run_experts.sorting import Order, TokenChoices
 from moe_jax.parameters import learning
 
@@ -103,54 +103,55 @@ def _forward(
     blocks = block_sizes(min(likely_rows or num_rows, num_rows), rows_E.shape[0])
     choice_R = jnp.pad(choice_R, (0, blocks[0]))
     token_R = choice_R // gate_JK.shape[1]
+    gate_R1 = gate_JK.reshape(-1, 1)[choice_R]
 
     def body(y_RM: jax.Array, weights_e: Weights, block: Block) -> jax.Array:
-        x_WM = _gather_rows(x_JM, token_R, block)
-        y_WM = experts(x_WM, weights_e, OneExpert(rng, block.start))
+        x_WM, gate_W1 = _gather_rows(x_JM, token_R, block), _rows_of(gate_R1, block)
+        y_WM = experts.gated(x_WM, weights_e, OneExpert(rng, block.start), gate_W1)
         return lax.dynamic_update_slice_in_dim(y_RM, y_WM, block.start, 0)
 
     y_RM = jnp.zeros_like(x_JM, shape=(token_R.shape[0], x_JM.shape[1]))
     y_RM = for_each_block(rows_E, blocks, y_RM, weights, body)
-    y_JM = sum_choices(y_RM, row_JK, gate_JK, kept_JK).astype(x_JM.dtype)
-    padded = Order(choice_R, row_JK, rows_E)
-    return y_JM, (weights, rng, x_JM, gate_JK, kept_JK, padded, y_RM)
+    y_JM = sum_choices(y_RM, row_JK, kept_JK).astype(x_JM.dtype)
+    return y_JM, (weights, rng, x_JM, gate_R1, kept_JK, Order(choice_R, row_JK, rows_E))
 
 
 def _backward(
     experts: Experts, likely_rows: int | None, residuals: Any, dy_JM: jax.Array
 ) -> tuple[Any, ...]:
-    weights, rng, x_JM, gate_JK, kept_JK, (choice_R, row_JK, rows_E), y_RM = residuals
-    num_rows = gate_JK.size
+    weights, rng, x_JM, gate_R1, kept_JK, (choice_R, row_JK, rows_E) = residuals
+    num_rows = kept_JK.size
     blocks = block_sizes(min(likely_rows or num_rows, num_rows), rows_E.shape[0])
-    token_R = choice_R // gate_JK.shape[1]
-    gate_R = gate_JK.reshape(-1)[choice_R]
+    token_R = choice_R // kept_JK.shape[1]
 
     arrays, tree = jax.tree.flatten(weights)
     learns = jax.tree.leaves(learning(weights))
     learned = select(arrays, learns)
 
     def body(carry: Any, arrays_e: list[jax.Array], block: Block) -> Any:
-        dx_RM, dweights = carry
-        gate_W = lax.dynamic_slice_in_dim(gate_R, block.start, block.rows)
-        dy_WM = _gather_rows(dy_JM, token_R, block) * gate_W[:, None]
-        x_WM = _gather_rows(x_JM, token_R, block)
+        drows, dweights = carry
+        x_WM, gate_W1 = _gather_rows(x_JM, token_R, block), _rows_of(gate_R1, block)
         layout = OneExpert(rng, block.start)
 
-        def compute(x_WM: jax.Array, learned_e: list[jax.Array]) -> jax.Array:
+        def compute(x_WM: jax.Array, gate_W1: jax.Array, learned_e: list[jax.Array]) -> jax.Array:
             weights_e = jax.tree.unflatten(tree, replace(arrays_e, learns, learned_e))
-            return experts(x_WM, weights_e, layout)
+            return experts.gated(x_WM, weights_e, layout, gate_W1)
 
-        _, vjp = jax.vjp(compute, x_WM, select(arrays_e, learns))
-        dx_WM, dweights_e = vjp(dy_WM.astype(x_JM.dtype))
-        dx_RM = lax.dynamic_update_slice_in_dim(dx_RM, dx_WM, block.start, 0)
-        return dx_RM, jax.tree.map(functools.partial(_add, block=block), dweights, dweights_e)
+        _, vjp = jax.vjp(compute, x_WM, gate_W1, select(arrays_e, learns))
+        *drows_W, dweights_e = vjp(_gather_rows(dy_JM, token_R, block))
+        drows = [
+            lax.dynamic_update_slice_in_dim(all_R, own_W, block.start, 0)
+            for all_R, own_W in zip(drows, drows_W, strict=True)
+        ]
+        return drows, jax.tree.map(functools.partial(_add, block=block), dweights, dweights_e)
 
     dweights = [jnp.zeros_like(array, jnp.float32) for array in learned]
-    carry = (jnp.zeros_like(y_RM), dweights)
-    dx_RM, dweights = for_each_block(rows_E, blocks, carry, arrays, body)
+    empty_RM = jnp.zeros_like(x_JM, shape=(token_R.shape[0], x_JM.shape[1]))
+    carry = ([empty_RM, jnp.zeros_like(gate_R1)], dweights)
+    (dx_RM, dgate_R1), dweights = for_each_block(rows_E, blocks, carry, arrays, body)
     dweights = [d.astype(array.dtype) for d, array in zip(dweights, learned, strict=True)]
-    dx_JM = sum_choices(dx_RM, row_JK, jnp.ones_like(gate_JK), kept_JK).astype(x_JM.dtype)
-    dgate_JK = gate_gradient(y_RM, row_JK, dy_JM, kept_JK).astype(gate_JK.dtype)
+    dx_JM = sum_choices(dx_RM, row_JK, kept_JK).astype(x_JM.dtype)
+    dgate_JK = take_or_zero(dgate_R1, row_JK, kept_JK)[..., 0]
     no_gradient = [
         jnp.zeros_like(array) if jnp.issubdtype(array.dtype, jnp.inexact)
         else np.zeros(array.shape, jax.dtypes.float0)
@@ -179,6 +180,11 @@ def _gather_rows(x_JM: jax.Array, token_R: jax.Array, block: Block) -> jax.Array
     token_W = lax.dynamic_slice_in_dim(token_R, block.start, block.rows)
     is_own_W = jnp.arange(block.rows) < block.size
     return jnp.where(is_own_W[:, None], x_JM.at[token_W].get(mode="promise_in_bounds"), 0)
+
+
+def _rows_of(values_R1: jax.Array, block: Block) -> jax.Array:
+    """The values of a block's rows, [W, 1], also of rows of other experts."""
+    return lax.dynamic_slice_in_dim(values_R1, block.start, block.rows)
 
 
 def _add(total_E: jax.Array, part: jax.Array, block: Block) -> jax.Array:
@@ -279,8 +285,9 @@ def one_by_one(
         y_1M = jnp.zeros_like(x_1M)
         for k in range(num_choices):
             layout = OneExpert(rng, jnp.int32(j * num_choices + k))
-            row_1M = experts(x_1M.astype(x_JM.dtype), expert_of(weights, expert_JK[j, k]), layout)
-            y_1M += jnp.where(kept_JK[j, k], row_1M.astype(jnp.float32) * gate_JK[j, k], 0)
+            weights_e, gate_11 = expert_of(weights, expert_JK[j, k]), gate_JK[j : j + 1, k : k + 1]
+            row_1M = experts.gated(x_1M.astype(x_JM.dtype), weights_e, layout, gate_11)
+            y_1M += jnp.where(kept_JK[j, k], row_1M.astype(jnp.float32), 0)
         y_JM.append(y_1M)
     return jnp.concatenate(y_JM).astype(x_JM.dtype)
 

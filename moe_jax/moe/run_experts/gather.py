@@ -81,7 +81,7 @@ def fill(x_SM: jax.Array, places: Places) -> jax.Array:
 @jax.custom_vjp
 def combine(y_PM: jax.Array, places: Places) -> jax.Array:
     """[P, M] -> [S, M]: sums the slots of each token, in float32. The transpose of `fill`."""
-    return sum_choices(y_PM, places.slot_SK, None, places.kept_SK).astype(y_PM.dtype)
+    return sum_choices(y_PM, places.slot_SK, places.kept_SK).astype(y_PM.dtype)
 
 
 fill.defvjp(
@@ -106,15 +106,12 @@ def take_or_zero(x: jax.Array, index: jax.Array, valid: jax.Array) -> jax.Array:
     return jnp.where(valid[..., None], x.at[index].get(mode="clip"), 0)
 
 
-def sum_choices(
-    y_RM: jax.Array, row_JK: jax.Array, weight_JK: jax.Array | None, kept_JK: jax.Array
-) -> jax.Array:
-    """sum_k weight[j, k] * y[row[j, k]] over kept choices.
+def sum_choices(y_RM: jax.Array, row_JK: jax.Array, kept_JK: jax.Array) -> jax.Array:
+    """sum_k y[row[j, k]] over kept choices.
 
     Args:
       y_RM: rows in any float dtype; only those of kept choices are read.
       row_JK: int32, the row of each choice.
-      weight_JK: float32; None: 1.
       kept_JK: bool.
 
     Returns:
@@ -122,18 +119,5 @@ def sum_choices(
     """
     y_JM = jnp.zeros((row_JK.shape[0], y_RM.shape[1]), jnp.float32)
     for k in range(row_JK.shape[1]):
-        y_k_JM = take_or_zero(y_RM, row_JK[:, k], kept_JK[:, k]).astype(jnp.float32)
-        y_JM += y_k_JM if weight_JK is None else y_k_JM * weight_JK[:, k, None]
+        y_JM += take_or_zero(y_RM, row_JK[:, k], kept_JK[:, k]).astype(jnp.float32)
     return y_JM
-
-
-def gate_gradient(
-    y_RM: jax.Array, row_JK: jax.Array, dy_JM: jax.Array, kept_JK: jax.Array
-) -> jax.Array:
-    """The gradient of `sum_choices` with respect to its weights: float32 [J, K]."""
-    dy_JM = dy_JM.astype(jnp.float32)
-    columns = [
-        jnp.sum(take_or_zero(y_RM, row_JK[:, k], kept_JK[:, k]).astype(jnp.float32) * dy_JM, -1)
-        for k in range(row_JK.shape[1])
-    ]
-    return jnp.stack(columns, axis=1)
