@@ -240,11 +240,12 @@ def test_nothing_is_gathered_that_should_stay_where_it_is(mesh, run_experts, exc
     ),
 )
 def test_slots_travel_by_two_all_to_alls_forward_and_two_backward(mesh, run_experts, exchange):
-    """Two MoE layers; each slot has model_dim floats."""
+    """Two MoE layers; each slot has model_dim floats, and with gather a gate that goes one way."""
     totals = by_operation(collectives(mesh, run_experts, exchange))
     config = make_config(MESHES[mesh])
     experts, length, model_dim = 8, config.data.sequence_length, config.model.model_dim
     slots = -(-length * 2 * 5 // (experts * 4))  # K = 2, factor 1.25, a group is one sequence
     own_sequences = 16 // config.mesh.batch_shards
     payload = experts * own_sequences * slots * model_dim * 4
-    assert totals["all-to-all"] == (2 * 4, 2 * 4 * payload)
+    gates = 2 * 2 if run_experts == "gather" else 0
+    assert totals["all-to-all"] == (2 * 4 + gates, 2 * 4 * payload + gates * payload // model_dim)
