@@ -22,6 +22,7 @@ from moe_jax.moe.run_experts.expert_loop import (
     for_each_block,
     one_by_one,
 )
+from moe_jax.moe.run_experts.gather import combine, fill, fill_gates
 from moe_jax.moe.run_experts.rows import FEW_CHOICES, SortedRows, through_sorted_rows
 from moe_jax.moe.run_experts.sorting import TokenChoices, sort_by_expert
 from tests import moe_oracle
@@ -316,3 +317,19 @@ def test_few_choices_read_weights_where_they_lie(few):
     of_a_layer = weights["wi"].nbytes * 2 // layers
     copied = program.compile().memory_analysis().temp_size_in_bytes
     assert copied < of_a_layer / 2 if few else copied >= of_a_layer
+
+
+def test_rows_after_the_kept_choices_are_empty():
+    """Expert 0 has choice 1, expert 1 choices 0 and 3; choice 2 is dropped."""
+    kept_JK = jnp.array([[True, True], [False, True]])
+    choices = TokenChoices(jnp.array([[1, 0], [0, 1]]), jnp.ones((2, 2)), kept_JK)
+    places = sort_by_expert(choices, 2).places(kept_JK)
+    assert places.choice_P.tolist() == [1, 0, 3, 4]
+    assert fill(jnp.array([[1.0], [10.0]]), places).tolist() == [[1], [1], [10], [0]]
+    gate_R1 = fill_gates(jnp.array([[0.1, 0.2], [0.3, 0.4]]), places)
+    np.testing.assert_array_equal(gate_R1[:, 0], np.float32([0.2, 0.1, 0.4, 0]))
+    # The empty row is not read, whatever is in it; its gradient is 0.
+    rows_R1 = jnp.array([[1.0], [2.0], [4.0], [np.nan]])
+    y_J1, vjp = jax.vjp(lambda rows: combine(rows, places), rows_R1)
+    assert y_J1.tolist() == [[3], [4]]
+    assert vjp(jnp.array([[5.0], [7.0]]))[0].tolist() == [[5], [5], [7], [0]]
