@@ -260,3 +260,9 @@ def test_512_experts_work(way):
     scale = np.abs(decided.y_BLM).max()
     np.testing.assert_allclose(y / scale, decided.y_BLM / scale, atol=FLOAT32)
     np.testing.assert_array_equal(aux.sums["kept_KE"], decided.kept_KE)
+
+
+def test_a_network_cannot_lose_its_own_call_to_the_gated_one_it_inherits():
+    with pytest.raises(TypeError, match=r"Other has none\. Derive it from Experts"):
+        type("Other", (FeedForward,), {"__call__": lambda self, x, weights, layout: x})
+    type("Own", (FeedForward,), {name: lambda self, *_: 0 for name in ("__call__", "gated")})

@@ -93,6 +93,14 @@ class FeedForward(Experts):
 
     gates_outputs: ClassVar[bool] = False
 
+    def __init_subclass__(cls) -> None:
+        """Refuses another `__call__` beside this `gated`, which most ways to run experts call."""
+        if "__call__" in vars(cls) and "gated" not in vars(cls):
+            raise TypeError(
+                f"a FeedForward with another __call__ needs another gated: {cls.__name__} has "
+                "none. Derive it from Experts, or override gated."
+            )
+
     def __call__(self, x: jax.Array, weights: Weights, layout: Layout) -> jax.Array:
         """See `Experts`."""
         return self.gated(x, weights, layout, None)
@@ -114,8 +122,8 @@ class FeedForward(Experts):
             return out + (bias if factor is None else (bias * factor).astype(x.dtype))
 
         with jax.named_scope("experts"):
-            gates = product(x, "g") if self.activation.gated else None
-            hidden = self.activation.apply(product(x, "i"), gates)
+            x_wg = product(x, "g") if self.activation.gated else None
+            hidden = self.activation.apply(product(x, "i"), x_wg)
             if self.dropout_rate > 0 and layout.rng is not None:
                 keep = jax.random.bernoulli(layout.rng, 1 - self.dropout_rate, hidden.shape)
                 hidden = jnp.where(keep, hidden / (1 - self.dropout_rate), 0)
