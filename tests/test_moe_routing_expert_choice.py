@@ -128,11 +128,20 @@ def test_ways_agree_in_every_gradient_and_the_router_learns():
             np.testing.assert_allclose(got, grad, rtol=1e-4, atol=1e-4, err_msg=str(path))
 
 
-def test_evaluation_without_a_capacity_takes_that_of_training():
+def test_every_evaluation_has_the_slots_of_training():
     moe = make_moe(num_selected_experts=2)
     params, x = make_values(moe)
-    dropless, _ = run(params, x, moe, 0.0)
-    np.testing.assert_array_equal(dropless, run(params, x, moe)[0])
+    assert moe.capacity.train_factor < moe.capacity.eval_factor and not moe.has_capacity
+    expected = moe_block(params, x, moe, Call(rng=jax.random.key(0)))[0]
+    for call in (Call(), Call(capacity=0.0)):
+        np.testing.assert_array_equal(moe_block(params, x, moe, call)[0], expected)
+    other = moe_block(params, x, moe, Call(capacity=moe.capacity.eval_factor))[1]
+    assert other.sums["assigned_KE"].sum() == 3 * 2 * LENGTH, "every expert takes every token"
+
+
+def test_a_predictor_in_evaluation_has_the_capacity_of_evaluation():
+    moe = make_moe(predictor=1.0)
+    assert moe.has_capacity and moe.capacity_factor(training=False) == moe.capacity.eval_factor
 
 
 # A predictor's logits for the tokens of `PROBS`: A takes all, B takes 0 and 2, C takes none.

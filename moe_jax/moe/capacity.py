@@ -89,7 +89,9 @@ class Capacity(Settings):
     """The number of slots per expert in a group, and the order in which choices get them."""
 
     train_factor: float = setting(1.25, at_least=0)  # slots over mean load in training; 0: dropless
-    eval_factor: float = setting(2.0, at_least=0)  # the same for capacity-limited evaluation
+    eval_factor: float = setting(
+        2.0, at_least=0
+    )  # in capacity-limited evaluation, if tokens choose
     slots: int = setting(0, at_least=0)  # this number instead of a factor's; 0: by the factor
     preset: str = ""  # a system's rule and queue, from `presets.PRESETS`; "": the fields below
     per: str = setting("assignment", choices=("assignment", "token", "choice"))  # see `num_slots`

@@ -158,13 +158,18 @@ class MoE(Part):
     def capacity_factor(self, training: bool, factor: float | None = None) -> float:
         """The capacity factor, 0 if dropless; `factor`, if given, overrides the settings.
 
-        Experts that choose tokens always have a capacity; otherwise each would take every token.
+        A router that fills its slots keeps the factor of training in evaluation, also in a dropless
+        one: with other slots, tokens would get another number of experts.
         """
-        if factor is None:
-            factor = self.capacity.train_factor if training else self.capacity.eval_factor
-        if factor == 0 and self.num_options > 1 and self.router.fills_slots(training):
+        if self.fills_slots(training) and not factor:
             return self.capacity.train_factor
+        if factor is None:
+            return self.capacity.train_factor if training else self.capacity.eval_factor
         return factor
+
+    def fills_slots(self, training: bool) -> bool:
+        """Whether experts choose tokens until their slots are full; see `Router`."""
+        return self.num_options > 1 and self.router.fills_slots(training)
 
     def options(self, group_size: int, training: bool, factor: float | None = None) -> Options:
         """The options of the router in groups of `group_size` tokens."""
@@ -268,8 +273,8 @@ class MoE(Part):
 
     @property
     def has_capacity(self) -> bool:
-        """See `Part`; False for a router that mixes tokens, since its slots are fixed."""
-        return self.capacity.eval_factor > 0 and not self.router.mixes
+        """See `Part`; False for a router that fills its slots, which it does in every evaluation."""
+        return self.capacity.eval_factor > 0 and not self.fills_slots(training=False)
 
     @property
     def depends_on_microbatches(self) -> bool:
@@ -306,8 +311,10 @@ class MoE(Part):
         if self.run_experts != "auto" or self.router.mixes:
             return self
         plan = plan_experts(self)
-        exchange = "auto" if plan.rows == "ragged" else self.exchange
-        return dataclasses.replace(self, run_experts=plan.rows, exchange=exchange)
+        if plan.rows == "ragged":
+            return dataclasses.replace(self, run_experts="ragged", exchange="auto")
+        unused = {"buffer_factor": 0.0, "eval_buffer_factor": 0.0, "stop_at_overflow": False}
+        return dataclasses.replace(self, run_experts=plan.rows, **unused)
 
     def costs(self, dims: Dims, length: int, dtype: str) -> tuple[Cost, ...]:
         """See `Part` and `moe_costs`."""
