@@ -218,12 +218,12 @@ def test_the_index_lists_every_page():
     assert {path.name for path in DOCS.glob("*.md")} - {"index.md"} <= set(linked)
 
 
-@pytest.mark.parametrize("name", ["test", "weekly"])
-def test_workflows_run_what_continuous_integration_runs(name):
+@pytest.mark.parametrize(("name", "command"), [("test", ".ci/run"), ("weekly", "make test-all")])
+def test_workflows_run_the_tests(name, command):
     text = (ROOT / ".github" / "workflows" / f"{name}.yml").read_text(encoding="utf-8")
     workflow = yaml.safe_load(text)
     [job] = workflow["jobs"].values()
-    assert job["steps"][-1] == {"run": ".ci/run"}
+    assert job["steps"][-1] == {"run": command}
     if name == "test":  # on the oldest supported Python
         oldest = re.search(r'python_requires=">=([\d.]+)"', (ROOT / "setup.py").read_text())
         assert oldest and job["steps"][1]["with"]["python-version"] == oldest[1]

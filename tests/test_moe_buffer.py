@@ -297,6 +297,8 @@ def test_only_rows_of_the_explicit_exchange_have_a_buffer():
         assert plan_experts(make_block(**settings), training=False).buffer_factor == 3
         by_slots = dataclasses.replace(make_block(**settings), run_experts="auto")
         assert plan_experts(by_slots).buffer_factor == 0
+        resolved = by_slots.resolved("float32")
+        assert (resolved.run_experts, resolved.buffer_factor) == ("gather", 0.0)
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def primitives(jaxpr):
 
 
 def trace_exchange(platform):
-    """Traces the program that four devices of a platform would run."""
+    """Traces the exchange and its transpose as four devices of a platform would run them."""
     device = AbstractDevice(device_kind="any", num_cores=1, platform=platform)
     mesh = AbstractMesh((4,), ("expert",), (AxisType.Auto,), abstract_device=device)
     rows, runs = jnp.zeros((4 * SENT, WIDTH)), jnp.zeros(16, jnp.int32)
@@ -210,16 +210,22 @@ def trace_exchange(platform):
     def exchange(*arguments):
         return ragged_all_to_all(*arguments, axis_name=("expert",))
 
+    def there_and_back(rows, output, *runs):
+        received, transpose = jax.vjp(
+            lambda rows, output: exchange(rows, output, *runs), rows, output
+        )
+        return transpose(received)
+
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(exchange).trace(rows, rows, runs, runs, runs, runs)
+        traced = jax.jit(there_and_back).trace(rows, rows, runs, runs, runs, runs)
     return traced
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm"])
-def test_where_there_is_a_ragged_all_to_all_it_is_used(platform):
+def test_where_there_is_a_ragged_all_to_all_it_is_used_there_and_back(platform):
     traced = trace_exchange(platform)
     names = list(primitives(traced.jaxpr.jaxpr))
-    assert names.count("ragged_all_to_all") == 1
+    assert names.count("ragged_all_to_all") == 2
     assert "all_gather" not in names
     assert "ragged_all_to_all" in traced.lower(lowering_platforms=(platform,)).as_text()
 

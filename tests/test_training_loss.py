@@ -81,7 +81,6 @@ def test_totals_count_weights_and_valid_tokens():
     assert totals.sums is None
 
 
-@pytest.mark.slow
 def test_weights_above_zero_enter_the_gradient():
     """The gradient is that of `ce + sum of weight * term`, with the terms differentiated alone."""
     weights = {"load_balance": 0.3, "router_z": 0.2, "token_entropy": 0.4, "batch_entropy": 0.7}

@@ -205,8 +205,9 @@ def test_no_bias_without_an_update_or_an_moe_layer():
     assert tiny_state(tiny_config(DENSE)).model_state == {}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("changed", [{"remat": "full"}, {"remat": "dots"}])
+@pytest.mark.parametrize(
+    "changed", [{"remat": "full"}, pytest.param({"remat": "dots"}, marks=pytest.mark.slow)]
+)
 def test_remat_changes_neither_counts_nor_gradient(changed):
     """Counts made as a side effect of the forward pass would double."""
     plain, state = make(all_balance())
