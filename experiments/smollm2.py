@@ -139,9 +139,7 @@ def experiment(arm: str, start: pathlib.Path, args: Any) -> ExperimentConfig:
         data=texts(config, args)["domain" if arm in OF_ONE_DOMAIN else "all"],
         optimizer=optimizer,
         training=training,
-        init_from=InitFrom(
-            path=str(start.absolute()), fresh=("adapters",) if is_lora else ()
-        ),
+        init_from=InitFrom(path=str(start.absolute())),
     )  # fmt: skip
 
 

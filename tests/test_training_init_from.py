@@ -333,6 +333,34 @@ def test_the_base_of_a_weight_is_the_average_too(optimizer, tmp_path):
         np.testing.assert_allclose(found[of], value, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
+def test_adapters_that_the_source_lacks_are_drawn_and_those_it_has_are_not_dropped(tmp_path):
+    settings = {**ONE_LAYER["model"], "adapters": {"names": ("attention",), "rank": 2}}
+    only = {**ONE_LAYER["optimizer"], "trainable": ("adapters",)}
+    save_run(tmp_path / "plain", config_of(), 2)
+    found = open_source(started(tmp_path / "plain", model=settings, optimizer=only), CONTENT)
+    assert {name.rpartition("/")[2] for name in found.fresh} == {"a", "b"}
+    save_run(tmp_path / "adapted", config_of(model=settings, optimizer=only), 2)
+    for fresh in ((), ("attention",)):
+        assert re.search(
+            "a run without adapters cannot start from one with .*merge_adapters",
+            refusal(started(tmp_path / "adapted", {"fresh": fresh})),
+        )
+
+
+@pytest.mark.parametrize(
+    ("data", "content", "warned"),
+    [
+        ({"heldout_fraction": 0.3}, CONTENT, "data.heldout_fraction=0.3 differ from 0.03"),
+        ({"group_field": "page"}, CONTENT, "data.group_field='page' differ from ''"),
+        ({"heldout_fraction": 0.01}, CONTENT, ""),  # its held-out text was held out there too
+        ({"heldout_fraction": 0.3}, {**CONTENT, "corpus": "cccc"}, ""),
+    ],
+)
+def test_text_that_the_source_trained_on_is_no_held_out_text(source, data, content, warned, caplog):
+    open_source(started(source, data=data), content)
+    assert warned in caplog.text and bool(caplog.text) == bool(warned)
+
+
 def test_a_weight_of_several_arrays_wraps_the_array_that_is_there(source):
     config = with_model(LowRankModel, started(source, {"fresh": ("a", "b")}))
     found, saved = begin(config), named(state_of(config_of(), 4))

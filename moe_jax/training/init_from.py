@@ -38,6 +38,7 @@ from moe_jax.training.files import (
 from moe_jax.training.placement import parameter_of, state_shardings
 from moe_jax.training.state import TrainState, abstract_state, state_from
 from moe_jax.training.workdir import CHECKPOINTS, Record, recorded_run
+from moe_jax.weights.low_rank import ADAPTERS
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +98,10 @@ def open_source(config: ExperimentConfig, content: Mapping[str, str]) -> Source:
             )
         saved = checkpoints.arrays(step)
     record, _ = recorded_run(workdir, step)
-    drawn = fresh_names(config, saved)
+    check_wrapped(config, saved, workdir)
+    drawn = fresh_names(config, saved) | new_adapters(config, saved)
     check_tokenizer(config, record, content, drawn)
+    warn_of_heldout(config, record, content)
     if config.init_from.data_position:
         check_position(config, record, content, step)
     where = f"step {step} of {workdir}"
@@ -125,6 +128,31 @@ def fresh_names(config: ExperimentConfig, saved: Iterable[str]) -> set[str]:
         "model_state": over_state(model, lambda tree: marked(tree, names)),
     }
     return {name for name, mark in by_name(chosen).items() if mark}
+
+
+def new_adapters(config: ExperimentConfig, saved: Iterable[str]) -> set[str]:
+    """The arrays of adapters that the checkpoint lacks: they change nothing before they train."""
+    specs = by_name({"params": config.model.specs()})
+    adapters = {name for name, spec in specs.items() if spec.component == ADAPTERS}
+    return adapters.difference(saved)
+
+
+def check_wrapped(config: ExperimentConfig, saved: Iterable[str], workdir: pathlib.Path) -> None:
+    """Refuses to drop adapters, whether or not `init_from.fresh` names what they adapt.
+
+    Raises:
+      ValueError: a plain array of the new model has adapters in the checkpoint.
+    """
+    plain = set(by_name({"params": config.model.specs()}))
+    wrapped = {name.partition("/base")[0] for name in saved if "/base" in name}
+    lost = sorted(plain & wrapped)
+    require(
+        not lost,
+        "a run without adapters cannot start from one with adapters",
+        f"{workdir} has adapters of {some(lost)}",
+        f"Merge them: python -m moe_jax.merge_adapters --workdir={workdir} --output=MERGED, and "
+        "start from MERGED; or set config.model.adapters as in that run",
+    )
 
 
 def covers(name: str, saved: str) -> bool:
@@ -241,6 +269,29 @@ def check_tokenizer(
         f"sha256 {str(known)[:12]} in {config.init_from.path}, {str(given)[:12]} here",
         f"Use its data.tokenizer, or set init_from.fresh={tuple(sorted(set(components.values())))}",
     )
+
+
+def warn_of_heldout(config: ExperimentConfig, record: Record, content: Mapping[str, str]) -> None:
+    """Warns if the source was trained on text that this run holds out.
+
+    Held-out text of a smaller fraction is part of that of a larger one (`moe_jax.data.documents`).
+    """
+    if record.get("content", {}).get("corpus") != content.get("corpus"):
+        return
+    old, new = record["data"], to_dict(config.data)
+    fraction = old.get("heldout_fraction", DataConfig.heldout_fraction)
+    names = ("text_field", "id_field", "group_field")
+    changed = [name for name in names if old.get(name, new[name]) != new[name]]
+    if fraction < new["heldout_fraction"]:
+        changed.append("heldout_fraction")
+    if changed and jax.process_index() == 0:
+        logger.warning(
+            "%s was trained on text that this run holds out, so its held-out loss is too low: %s "
+            "differ from %s. Set them as there.",
+            config.init_from.path,
+            ", ".join(f"data.{name}={new[name]!r}" for name in changed),
+            ", ".join(f"{old.get(name, getattr(DataConfig, name))!r}" for name in changed),
+        )
 
 
 def check_optimizer(config: ExperimentConfig, record: Record) -> None:
