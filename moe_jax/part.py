@@ -110,7 +110,7 @@ class Call:
         call writes its tokens from that slot on. A scalar for all rows, or [B]; None without a
         cache.
       previous_B: int32, the token id before the first token of every row that continues from a
-        cache; None: the rows begin here.
+        cache; None: rows have no earlier token.
       lengths_B: int32, final length of each row's document, for parts that depend on it (some
         rotary scalings); None: the length in `positions_BL`.
       causal: whether a token must not see later tokens; the stack sets it.

@@ -170,6 +170,47 @@ def test_arrays_that_do_not_fit_are_refused(record, change, message):
         record_of_routes(CONFIG.model, TEXTS, change(routes_of(record)))
 
 
+@pytest.mark.parametrize(
+    ("settings", "complete"),
+    [
+        ({}, False),  # gates are probabilities of all experts
+        ({"renormalize": True}, True),
+        ({"score": "softmax_over_selected"}, True),
+        ({"renormalize": True, "top_p": 0.5}, False),  # over those that count
+    ],
+)
+def test_gates_over_all_choices_need_all_of_them(record, settings, complete):
+    moe = {"router": {"kind": "token_choice"} | settings}
+    model = tiny_config(
+        {"model": {"parts": {"mlp": MLP, "moe": moe}, "stack": {"first": [["attention", "mlp"]]}}}
+    ).model
+    routes = routes_of(record)
+    routes[0][2, 1, 1] = -1
+    if complete:
+        with pytest.raises(ValueError, match=r"text 0 has -1 among .* \[layer, token\] \[1, 2\]"):
+            record_of_routes(model, TEXTS, routes)
+    else:
+        assert record_of_routes(model, TEXTS, routes).parts["moe"].choices.chosen.sum() == 31
+
+
+def test_experts_that_choose_tokens_are_replayed():
+    """A token has any number of experts: here up to all four."""
+    router = {"kind": "expert_choice", "predictor_loss_weight": 0.01}
+    model = tiny_config(
+        {"model": {"parts": {"moe": {"router": router}}, "stack": {"allow_lookahead": True}}}
+    ).model
+    params = jax.tree.map(  # also the predictor, which starts from 0
+        lambda spec: jax.random.normal(jax.random.key(0), spec.shape), model.specs()
+    )
+    record = record_routing(model, params, TOKENS_BL, segments_BL=SEGMENTS_BL)
+    counts = record.parts["moe"].choices.chosen.sum(axis=-1)[:, SEGMENTS_BL > 0]
+    assert {int(count) for count in counts.flat} > {2}
+    again = record_of_routes(model, TEXTS, routes_of(record))
+    for old, new in zip(routes_of(record), routes_of(again), strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert again.replay(model)["moe"].chosen.shape[-1] == 4
+
+
 def test_columns_of_a_part_with_more_choices_are_minus_one(record):
     wider = [np.pad(r, ((0, 0), (0, 0), (0, 1)), constant_values=-1) for r in routes_of(record)]
     same, expected = record_of_routes(CONFIG.model, TEXTS, wider).parts["moe"], record.parts["moe"]

@@ -12,14 +12,14 @@ from moe_jax.layers.attention import Attention
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.balance import max_violation, named_losses
-from moe_jax.moe.block import moe_block
+from moe_jax.moe.block import in_groups, moe_block
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing import Router, RouterInputs
 from moe_jax.moe.routing.fixed import Hash, Random, Uniform, balanced_table
 from moe_jax.moe.run_experts.plan import WAYS
 from moe_jax.moe.statistics import dropped_fraction
 from moe_jax.parameters import init_parameters
-from moe_jax.part import Call, Dims
+from moe_jax.part import Call, Dims, Own
 
 E, K, LENGTH, MODEL_DIM = 4, 2, 8, 3
 TABLE = (3, 3, 0, 1, 2, 0)  # for six token ids
@@ -94,6 +94,19 @@ def test_equal_keys_get_equal_experts_and_nothing_else_counts():
         make_moe(ROUTERS["bigram"], choices=1, experts=64), previous=jnp.full((1, LENGTH), 2)
     )
     assert np.mean(other != by_bigram) > 0.5
+
+
+@pytest.mark.parametrize(("before", "expected"), [(None, [-1, 7, -1, 9]), (4, [4, 7, -1, 9])])
+def test_the_first_token_of_a_call_follows_that_of_the_call_before(before, expected):
+    """The third token begins a document."""
+    call = Call(
+        tokens_BL=jnp.array([[7, 8, 9, 3]]), positions_BL=jnp.array([[5, 6, 0, 1]]),
+        segments_BL=jnp.ones((1, 4), jnp.int32),
+        previous_B=None if before is None else jnp.array([before]),
+    )  # fmt: skip
+    x_BLM = jnp.zeros((1, 4, MODEL_DIM))
+    inputs = in_groups(x_BLM, make_moe(ROUTERS["bigram"]), call, Own(), None)[1]
+    np.testing.assert_array_equal(inputs.previous_GS[0], expected)
 
 
 @pytest.mark.parametrize("name", ["token", "position", "bigram", "random"])

@@ -1,4 +1,7 @@
-"""Self-attention with shared key and value heads (legend: `moe_jax.moe`)."""
+"""Self-attention with shared key and value heads (legend: `moe_jax.moe`).
+
+K counts key and value heads.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -193,26 +196,26 @@ class Attention(Part):
         """Attends to tokens of the same document, if causal to earlier tokens only; see `Part`."""
         positions, segments, cache = call.positions_BL, call.segments_BL, own.cache
         assert segments is not None and positions is not None, "with_defaults"
-        q_BLND, k_BTND, v_BTND = self.projected(params, x_BLM)
+        q_BLND, k_BTKD, v_BTKD = self.projected(params, x_BLM)
         if self.rotary is not None:
             q_BLND = self.rotary.rotate(q_BLND, positions, segments, call.lengths_B)
-            k_BTND = self.rotary.rotate(k_BTND, positions, segments, call.lengths_B)
+            k_BTKD = self.rotary.rotate(k_BTKD, positions, segments, call.lengths_B)
         if self.qk_norm_at == "rotated":
-            q_BLND, k_BTND = self.normed(params, q_BLND, k_BTND)
+            q_BLND, k_BTKD = self.normed(params, q_BLND, k_BTKD)
         if self.temperature is not None:
             factors_BL11 = self.temperature.factors(positions)[:, :, None, None]
             q_BLND = (q_BLND * factors_BL11).astype(x_BLM.dtype)
         queries, keys = Tokens(positions, segments, call.in_prefix_BL), None
         kernel = self.kernel
         if cache is not None:
-            cache = write(cache, call, keys=k_BTND, values=v_BTND)
+            cache = write(cache, call, keys=k_BTKD, values=v_BTKD)
             if not call.prefill:
-                k_BTND, v_BTND = (cache[name].astype(x_BLM.dtype) for name in ("keys", "values"))
+                k_BTKD, v_BTKD = (cache[name].astype(x_BLM.dtype) for name in ("keys", "values"))
                 (queries, keys), kernel = in_one_document(cache, call), "xla"
         out_BLND = attend_by_rules(
             q_BLND,
-            k_BTND,
-            v_BTND,
+            k_BTKD,
+            v_BTKD,
             Rules(call.causal, self.window, self.chunk),
             queries,
             keys,

@@ -1,4 +1,7 @@
-"""Attention of a decoder to the output of its encoder (legend: `moe_jax.moe`)."""
+"""Attention of a decoder to the output of its encoder (legend: `moe_jax.moe`).
+
+K counts key and value heads.
+"""
 
 import dataclasses
 from typing import Any, ClassVar

@@ -1,6 +1,7 @@
 """Attention as pure functions of queries, keys and values (legend: `moe_jax.moe`).
 
-T counts keys, K key and value heads; query head n reads key head n // (N / K). G is N / K.
+T counts keys, K key and value heads; query head n reads key head n // (N / K). G is N / K,
+V the dim of a value.
 """
 
 from typing import NamedTuple

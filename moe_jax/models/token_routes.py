@@ -16,6 +16,7 @@ import numpy as np
 from moe_jax.config.check import require
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.routing_record import PartRecord, RoutingRecord, check_record
+from moe_jax.moe.part import MoE
 from moe_jax.moe.routing import Choices
 
 ABSENT = -1
@@ -75,7 +76,7 @@ def record_of_routes(
       every choice is kept: neither is replayed.
 
     Raises:
-      ValueError: the arrays do not fit the texts or the model, or a token has no expert.
+      ValueError: the arrays do not fit the texts or the model, or a token lacks experts.
     """
     require(
         not model.has_encoder,
@@ -104,13 +105,15 @@ def record_of_routes(
     parts = {}
     for name, layers in model.moe_layers.items():
         moe = model.moe_parts[name]
-        num_choices = moe.num_selected(training=False)
+        options = moe.options(moe.group_size or length, training=False)
+        num_choices = moe.router.num_choices(options)
         index: Any = np.zeros((len(layers), len(texts), length, num_choices), np.int32)
         chosen: Any = np.zeros(index.shape, np.bool_)
         gate: Any = np.zeros(index.shape, np.float32)
         for i, (text, route) in enumerate(zip(texts, routes, strict=True)):
             own = of_layers(np.asarray(route), len(text), layers, model, i)
             own = of_part(own, num_choices, name, i)
+            check_choices(own, moe, i)
             index[:, i, : len(text)] = np.maximum(own, 0)
             chosen[:, i, : len(text)] = own != ABSENT
         choices = Choices(index, chosen, gate, chosen)
@@ -160,15 +163,7 @@ def of_layers(
         "Pass the array of its own text",
     )
     rows = [routing.index(layer) if route.shape[1] == len(routing) else layer for layer in layers]
-    own = np.moveaxis(route[:, rows], 1, 0)
-    missing = np.argwhere((own[:, :-1] == ABSENT).all(axis=-1))
-    require(
-        not len(missing),
-        "every token but the last needs experts in every layer that routes",
-        f"text {text} has none for [layer, token] {missing[0].tolist() if len(missing) else []}",
-        "Replay whole texts",
-    )
-    return own
+    return np.moveaxis(route[:, rows], 1, 0)
 
 
 def of_part(own: np.ndarray, num_choices: int, name: str, text: int) -> np.ndarray:
@@ -190,6 +185,30 @@ def of_part(own: np.ndarray, num_choices: int, name: str, text: int) -> np.ndarr
         "Record with a model that chooses as many",
     )
     return own[..., :num_choices]
+
+
+def check_choices(own: np.ndarray, moe: MoE, text: int) -> None:
+    """Checks that no token lacks experts that its router must have chosen, or that its gates need.
+
+    Where experts choose tokens, a token may have any number of them.
+    """
+    absent = own == ABSENT
+    none, some = absent.all(axis=-1), absent.any(axis=-1)
+    missing = np.argwhere(none[:, :-1])
+    require(
+        not len(missing) or moe.fills_slots(training=True),
+        "every token but the last needs experts in every layer that routes",
+        f"text {text} has none for [layer, token] {missing[0].tolist() if len(missing) else []}",
+        "Replay whole texts",
+    )
+    missing = np.argwhere(some & ~none)
+    require(
+        not len(missing) or not moe.router.gates_need_all_choices,
+        "gates that are normalised over all choices of a token need all of them",
+        f"text {text} has -1 among the experts of [layer, token] "
+        f"{missing[0].tolist() if len(missing) else []}, router={moe.router}",
+        "Replay a RoutingRecord, which keeps the experts of choices that do not count",
+    )
 
 
 def places_of(layers: Mapping[str, Sequence[int]]) -> list[tuple[int, str, int]]:

@@ -70,7 +70,7 @@ def in_groups(
     assert segments_BL is not None and positions_BL is not None, "with_defaults"
     tokens_GS = previous_GS = None
     if tokens_BL is not None:
-        first_B = jnp.zeros_like(tokens_BL[:, 0]) if call.previous_B is None else call.previous_B
+        first_B = jnp.full_like(tokens_BL[:, 0], -1) if call.previous_B is None else call.previous_B
         previous_BL = jnp.concatenate([first_B[:, None], tokens_BL[:, :-1]], axis=1)
         previous_BL = jnp.where(positions_BL == 0, -1, previous_BL)
         tokens_GS, previous_GS = (a.reshape(x_GSM.shape[:2]) for a in (tokens_BL, previous_BL))

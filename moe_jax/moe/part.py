@@ -273,7 +273,7 @@ class MoE(Part):
 
     @property
     def has_capacity(self) -> bool:
-        """See `Part`; False for a router that fills its slots, which it does in every evaluation."""
+        """See `Part`; False for a router that fills its slots: all evaluations have the same."""
         return self.capacity.eval_factor > 0 and not self.fills_slots(training=False)
 
     @property

@@ -1,4 +1,7 @@
-"""Held-out loss, overall and per domain, in each of the `ways` (legend: `moe_jax.moe`)."""
+"""Held-out loss, overall and per domain, in each of the `ways` (legend: `moe_jax.moe`).
+
+D counts domains.
+"""
 
 import functools
 import math

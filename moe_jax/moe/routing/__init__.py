@@ -59,7 +59,8 @@ class Routing(NamedTuple):
     Attributes:
       logits_GSE: router logits, including noise; for Soft MoE the logits of slots, [G, S, P].
       probs_GSE: >= 0, each row of a valid token sums to 1; the balance losses use them.
-      expert_index_GSK: int32 in [0, E), the choices of a token, best first, all distinct.
+      expert_index_GSK: int32 in [0, E), the choices of a token, best first; those that count
+        are distinct.
       gate_GSK: the weight of each choice in the token's output, >= 0; 0 if it does not count.
       chosen_GSK: bool, which choices count. The others take no slot, compute nothing and are not in
         the statistics.
@@ -116,7 +117,7 @@ class RouterInputs(NamedTuple):
       valid_GS: bool, False for padding.
       positions_GS: int32, position of each token in its document.
       tokens_GS: int32 token ids, or None if the call has none.
-      previous_GS: int32, the id before each token in its document, -1 at the start; or None.
+      previous_GS: int32, the id before each token in its document, -1 if there is none; or None.
       bias_E: float32 selection bias, or None.
       rng: random key in training; None in evaluation.
       step: int32 scalar, completed training steps, for annealed settings; None: their end values.
@@ -162,6 +163,11 @@ class Router(Settings):
 
     scaling_factor: float = setting(1.0, above=0)  # multiplies gates last (DeepSeek-V3: 2.5)
     dtype: str = setting("float32", choices=DTYPES)  # of logits and gates; others are for studies
+
+    @property
+    def gates_need_all_choices(self) -> bool:
+        """Whether a choice that does not count still changes the gates of a token's others."""
+        return False
 
     @property
     def has_smooth_load(self) -> bool:

@@ -61,6 +61,12 @@ class TokenChoice(LogitRouter):
         )
 
     @property
+    def gates_need_all_choices(self) -> bool:
+        """See `Router`: policies of later choices act after gates are normalised, top_p before."""
+        normalizes = self.renormalize or self.norm_order is not None or self.score.over_selected
+        return normalizes and self.top_p == 1
+
+    @property
     def has_smooth_load(self) -> bool:
         """See `Router`."""
         is_plain = self.groups is None and self.selection is None and self.drop_rate == 0
