@@ -17,7 +17,7 @@ import difflib
 import importlib
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from moe_jax.command_help import print_help
@@ -28,6 +28,9 @@ from moe_jax.config.settings import Settings
 
 NUM_DEVICES = 8
 USAGE = "usage: python -m moe_jax.check_part package.module:Class | FAMILY.KIND [--field=value ...]"
+Told = tuple[
+    str, bool | None, str
+]  # a check, whether it passed (None: not for this part), its text
 WORDS = {True: "ok", False: "FAILED", None: "-"}
 
 
@@ -64,13 +67,20 @@ def check_part(name: str, flags: list[str]) -> int:
     where = "" if around == trial.part else f", in {brief(around)}"
     print(f"{trial.part.family} {brief(trial.part)}{where}, in a model of two layers\n")
     failed = []
-    for one in CHECKS:
-        result = check(one, trial)
-        print(line(one, result.passed, result.text), flush=True)
-        failed += [one] if result.passed is False else []
+    for one, passed, text in told_once((one, *check(one, trial)) for one in CHECKS):
+        print(line(one, passed, text), flush=True)
+        failed += [one] if passed is False else []
     print(f"\n{len(failed)} of {len(CHECKS)} checks failed: {', '.join(failed)}" if failed
           else f"\n{len(CHECKS)} checks: none failed")  # fmt: skip
     return 1 if failed else 0
+
+
+def told_once(results: Iterable[Told]) -> Iterator[Told]:
+    """Replaces a failure with the text of an earlier one by the name of that check."""
+    first: dict[str, str] = {}
+    for name, passed, text in results:
+        told = passed is False and first.setdefault(text, name) != name
+        yield name, passed, f"as in {first[text]!r}" if told else text
 
 
 def brief(part: Any) -> str:

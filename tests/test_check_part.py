@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.check_part import brief, line, part_of
+from moe_jax.check_part import brief, line, part_of, told_once
 from moe_jax.checks import CHECKS, FAMILIES, Trial, check
 from moe_jax.config.kinds import KINDS, load_kind
 from moe_jax.config.settings import Settings
@@ -268,6 +268,14 @@ class Raises(Mixer):
 
 
 @dataclasses.dataclass(frozen=True)
+class RaisesInJax(Mixer):
+    """Makes JAX raise an error, in a file of JAX."""
+
+    def apply(self, params, x_BLM, call, own):
+        return jnp.max(params)  # the line that the report names
+
+
+@dataclasses.dataclass(frozen=True)
 class IgnoresReplay(TokenChoice):
     """Claims to replay, but chooses anew."""
 
@@ -343,6 +351,7 @@ FAULTS = [
     (ByPlace(), "decoding", r"logits from caches move by \d"),
     (ForgetsItsDtype(), "values", r"^the residual has dtype float32 for bfloat16 inputs$"),
     (Raises(), "values", r"KeyError at .*test_check_part\.py:\d+: 'no such parameter'"),
+    (RaisesInJax(), "values", r"TypeError at .*test_check_part\.py:\d+: "),
     (IgnoresReplay(), "replay", r"the chosen experts are not those that are replayed"),
     (RawSigmoid(), "routing", r"an expert twice; a gate is negative.*; probabilities .* sum to"),
     (SumsToOne(), "task", r"^with one expert per token the task does not train the router"),
@@ -366,6 +375,11 @@ def test_a_fault_is_found_by_the_check_that_is_for_it(part, name, message):
     result = check(name, Trial(part))
     assert result.passed is False
     assert re.search(message, result.text), result.text
+
+
+def test_a_fault_of_several_checks_is_told_once():
+    results = [("a", True, "x"), ("b", False, "x"), ("c", False, "y"), ("d", False, "x")]
+    assert list(told_once(results)) == [*results[:3], ("d", False, "as in 'b'")]
 
 
 def test_a_sound_mixer_passes_what_its_spoiled_copies_fail():

@@ -138,6 +138,9 @@ def test_settings_are_overridden_by_their_types():
         ("training.sample_prompt", "2", "2"),
         ("model.parts.moe.bias", "sign", "sign"),
         ("model.embedding_multiplier", "2.5", 2.5),
+        ("model.adapters.names", "attention,experts", ("attention", "experts")),
+        ("model.quantisation.bits", "4", 4),
+        ("optimizer.trainable", "adapters", ("adapters",)),
     ]:
         override(config, f"config.{flag}", text)
         found = settings_of(config)[f"config.{flag}"]

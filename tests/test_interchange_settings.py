@@ -11,11 +11,12 @@ import pytest
 
 import moe_jax
 from moe_jax.__main__ import main
-from moe_jax.interchange.family import FAMILIES, Reader, load_family
+from moe_jax.interchange.family import FAMILIES, Reader, family_of, load_family
 from moe_jax.interchange.rope import LONGEST, read_rotary
 from moe_jax.interchange.write import config_json
 from moe_jax.layers.rotary import Rotary
 from moe_jax.layers.rotary_scaling import LinearScaling
+from moe_jax.moe.experts import Relu
 from moe_jax.part import Call
 from tests.hf_families import CASES, Case, write_model
 from tests.hf_others import LONGROPE
@@ -172,6 +173,17 @@ def test_a_fraction_of_a_head_turns_only_if_frequencies_are_scaled():
     model = dataclasses.replace(model, parts={**dict(model.parts), "attention": attention})
     with pytest.raises(ValueError, match="partial_rotary_factor"):
         family.written(model)
+
+
+def test_a_model_of_no_family_is_told_what_the_nearest_cannot_say():
+    model = load_family("mixtral").read(CASES["mixtral"].settings)
+    moe = dataclasses.replace(model.part["moe"], activation=Relu())
+    model = dataclasses.replace(model, parts={**dict(model.parts), "moe": moe})
+    with pytest.raises(
+        ValueError, match=r"22 families .* as mixtral only if .* it is Relu\(\)"
+    ) as no:
+        family_of(model)
+    assert "Error(" not in str(no.value) and len(str(no.value)) < 1000
 
 
 @pytest.mark.parametrize("name", ["mixtral", "phimoe", "switch"])

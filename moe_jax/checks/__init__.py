@@ -4,6 +4,7 @@ Each check examines a `Trial`, a part in a tiny model, and returns a `Result`.
 """
 
 import dataclasses
+import inspect
 import json
 import traceback
 import typing
@@ -379,11 +380,13 @@ CHECKS: dict[str, Callable[[Trial], Result]] = {
 
 
 def check(name: str, trial: Trial) -> Result:
-    """Runs a check of `CHECKS`; an exception is a failure."""
+    """Runs a check of `CHECKS`; an exception is a failure, at the last line of the part's file."""
     try:
         return CHECKS[name](trial)
     except Exception as error:  # a user's part may raise anything
-        last = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        file = inspect.getsourcefile(type(trial.part))
+        last = ([frame for frame in frames if frame.filename == file] or frames)[-1]
         where = f"{last.filename}:{last.lineno}"
         return Result(False, f"{type(error).__name__} at {where}: {error}")
 

@@ -16,13 +16,14 @@ import sys
 import traceback
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import ml_collections
 
 from moe_jax.config.check import require
 from moe_jax.config.convert import InFamily, build, config_dict, hints, read_config, to_dict
 from moe_jax.config.installed import home, is_lfs_pointer, require_local
+from moe_jax.config.kinds import is_foreign, load_kind
 from moe_jax.config.run import ExperimentConfig, InitFrom
 from moe_jax.config.settings import Settings
 
@@ -280,7 +281,7 @@ def override(config: ml_collections.ConfigDict, flag: str, text: str | bool) -> 
     for name in sections:
         require_field(flag, path, section, name, config)
         path = f"{path}.{name}"
-        write_out(section, name, path)
+        write_out(config, section, name, path)
         section = section[name]
     require_field(flag, path, section, last, config)
     if isinstance(section[last], ml_collections.ConfigDict):
@@ -296,31 +297,55 @@ def override(config: ml_collections.ConfigDict, flag: str, text: str | bool) -> 
         section[last] = parse_value(f"--{flag}", text, wanted)
 
 
-def write_out(section: ml_collections.ConfigDict, name: str, path: str) -> None:
-    """Replaces a part given only by its kind, such as "causal_lm", by its default fields.
+def write_out(
+    config: ml_collections.ConfigDict, section: ml_collections.ConfigDict, name: str, path: str
+) -> None:
+    """Replaces a section without fields by its default fields, so that a flag can set one.
+
+    It is a part given only by its kind, such as "causal_lm", or an optional section that is None
+    and has one kind, such as `model.adapters`.
 
     Args:
-      section: contains the part; changed in place.
+      config: the whole config.
+      section: contains it; changed in place.
       name: of its field.
-      path: of the part, such as "config.data.objective".
+      path: of it, such as "config.data.objective".
 
     Raises:
       ValueError: there is no such kind.
     """
-    family = family_at(path)
-    if family and isinstance(section[name], str):
-        part = to_dict(build(InFamily(family), section[name], path))
-        with section.unlocked(), section.ignore_type():
-            section[name] = part
+    expected, value = type_at(config, path), section[name]
+    if isinstance(expected, InFamily) and isinstance(value, str):
+        part = to_dict(build(expected, value, path))
+    elif value is None and (optional := section_in(expected)):
+        part = config_dict(optional())
+    else:
+        return
+    with section.unlocked(), section.ignore_type():
+        section[name] = part
 
 
-def family_at(path: str) -> str:
-    """The family of a setting of `ExperimentConfig` that is a part; "" for any other setting."""
+def type_at(config: ml_collections.ConfigDict, path: str) -> Any:
+    """The type of a setting, an `InFamily` if it is a part; None if no class declares it."""
     expected: Any = ExperimentConfig
+    section: Any = config
     for name in path.split(".")[1:]:
+        if isinstance(expected, InFamily):
+            kind = section.get("kind", "")
+            expected = None if is_foreign(kind) else load_kind(expected.family, kind)
         is_section = isinstance(expected, type) and issubclass(expected, Settings)
-        expected = hints(expected).get(name) if is_section else None
-    return expected.family if isinstance(expected, InFamily) else ""
+        if not is_section or not isinstance(section, ml_collections.ConfigDict):
+            return None
+        expected, section = hints(expected).get(name), section.get(name)
+    return expected
+
+
+def section_in(expected: Any) -> type[Settings] | None:
+    """The section of a type "section or None"; None for other types."""
+    sections = [one for one in get_args(expected) if one is not types.NoneType]
+    if len(sections) == 1 and isinstance(sections[0], type) and issubclass(sections[0], Settings):
+        return sections[0]
+    return None
 
 
 def require_field(flag: str, path: str, section: Any, name: str, config: Any) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import logging
+import math
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
@@ -44,6 +45,8 @@ FAMILIES = {
     "t5": "moe_jax.interchange.families.t5:T5",
     "phimoe": "moe_jax.interchange.families.phimoe:PHIMOE",
 }
+
+NEAREST = 2  # families whose shortcomings are listed if none can express a model
 
 # Model settings that a `config.json` lacks: how the model trains and runs.
 OF_TRAINING = (
@@ -102,31 +105,55 @@ class Family:
         """The config.json of a model, with every setting that its outputs depend on.
 
         Raises:
-          ValueError: the family cannot express a setting; names it.
+          OtherFamilyError: the family cannot express a part or a setting; names it.
         """
         model = spelled_out(model)
         try:
             settings = self.settings(model)
             again = spelled_out(self.model(Reader(settings)))
         except (KeyError, AttributeError, ValueError, TypeError, AssertionError) as error:
-            said = f"it has no {error}." if isinstance(error, KeyError) else f"{error!r}."
-            said = str(error) if isinstance(error, ValueError) else said
-            raise ValueError(
-                f"a model can be written as {self.name} only if it has its parts: {said}"
+            raise OtherFamilyError(
+                f"a model can be written as {self.name} only if it has its parts: {lacks(error)}",
+                1 if isinstance(error, ValueError) else math.inf,
             ) from error
         lines = [
             line
             for line in difference(to_dict(model), to_dict(again), "config.model")
             if not set(line.partition(":")[0].split(".")) & set(OF_TRAINING)
         ]
-        require(
-            not lines,
-            f"a model can be written as {self.name} only if {self.name} can say all its settings",
-            "; ".join(f"{line} if read again" for line in lines),
-            "Change them, or write it as another family",
-        )
+        if lines:
+            raise OtherFamilyError(
+                f"a model can be written as {self.name} only if {self.name} can say all its "
+                f"settings: {'; '.join(f'{line} if read again' for line in lines)}. Change them, "
+                "or write it as another family.",
+                len(lines),
+            )
         own = {"architectures": [self.architecture], "model_type": self.name}
         return {**own, **settings}
+
+
+class OtherFamilyError(ValueError):
+    """A family cannot express a model.
+
+    Attributes:
+      differences: settings that it cannot express, one if it stopped at the first; inf if the model
+        has other parts.
+    """
+
+    def __init__(self, message: str, differences: float):
+        super().__init__(message)
+        self.differences = differences
+
+
+def lacks(error: Exception) -> str:
+    """What a model lacks if the table of a family fails with this error."""
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, KeyError):
+        return f"it has no {error}."
+    if isinstance(error, AttributeError) and error.name is not None:
+        return f"its {type(error.obj).__name__} has no {error.name}."
+    return "its layers have parts of other kinds."
 
 
 def spelled_out(model: LanguageModel) -> LanguageModel:
@@ -206,20 +233,23 @@ def family_of(model: LanguageModel, name: str = "") -> Family:
     """The family of this name (see `named_family`), or the first that can express the model.
 
     Raises:
-      ValueError: none can; lists what each lacks.
+      ValueError: none can; says what the nearest families cannot express.
     """
     if name:
         return named_family(name)
-    reasons = []
+    refusals = []
     for known in FAMILIES:
-        family = load_family(known)
         try:
-            family.written(model)
-        except ValueError as error:
-            reasons.append(f"{known}: {error}")
-            continue
-        return family
-    raise ValueError("no family can express this model. " + " ".join(reasons))
+            load_family(known).written(model)
+        except OtherFamilyError as error:
+            refusals.append(error)
+        else:
+            return load_family(known)
+    nearest = sorted(refusals, key=lambda error: error.differences)[:NEAREST]
+    raise ValueError(
+        f"one of {len(FAMILIES)} families must express a model: none does. The nearest: "
+        f"{' '.join(map(str, nearest))} The family that you name says what it cannot express."
+    )
 
 
 class Reader:
