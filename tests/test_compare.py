@@ -547,6 +547,17 @@ def test_configs_are_compared_seed_by_seed_with_the_first_by_name(tmp_path):
         pairs_of(comparison_of(tmp_path), "d")
 
 
+def test_the_baseline_does_not_depend_on_which_runs_are_finished(tmp_path):
+    make_seeds(tmp_path, "a", (2.0, 3.0))
+    make_seeds(tmp_path, "b", (1.9, 2.8), **LOW)
+    (tmp_path / "a_0" / "evaluation.json").unlink()
+    rows = (tmp_path / "a_0" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "a_0" / "metrics.jsonl").write_text("".join(rows[:2]))
+    found = pairs_of(comparison_of(tmp_path))
+    assert "less a_*" in found.columns[0].title
+    assert column(found.columns, "pairs") == [1]
+
+
 def test_a_baseline_among_runs_without_a_score_is_refused(tmp_path):
     make_run(tmp_path / "a", steps=5)
     with pytest.raises(ValueError, match=r": a\. There is none: leave out --baseline\.$"):

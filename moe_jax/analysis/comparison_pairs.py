@@ -128,7 +128,7 @@ def pairs_of(comparison: Comparison, baseline: str = "") -> Pairs:
     Args:
       comparison: the runs.
       baseline: the name of a run of the baseline; "": the first by name among the configs that were
-        run with several seeds, causal ones first.
+        run with several seeds, causal ones first, however many of them are finished.
 
     Raises:
       ValueError: there is no run of this name with a final score.
@@ -138,7 +138,8 @@ def pairs_of(comparison: Comparison, baseline: str = "") -> Pairs:
 
     def key(config: SeedRuns) -> tuple[bool, str]:
         entry = comparison.entries[config.first]
-        return entry.mark(comparison.ways[0]) == SEES, first_name(comparison, config)
+        names = [comparison.entries[place].name for place in config.places]
+        return entry.mark(comparison.ways[0]) == SEES, min(names)
 
     if baseline:
         named = [config for config in scored if baseline in names_of(comparison, config)]
@@ -151,7 +152,7 @@ def pairs_of(comparison: Comparison, baseline: str = "") -> Pairs:
         )
         ours = named[0]
     else:
-        several = [config for config in scored if len(config.counted) > 1]
+        several = [config for config in scored if len(config.seeds) > 1]
         ours = min(several, key=key, default=SeedRuns({}, {}))
     text = {comparison.texts[place] for place in ours.counted.values()}
     others = [
