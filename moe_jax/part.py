@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config.settings import Settings
+from moe_jax.parallel.rules import RULES
 from moe_jax.parameters import ParameterSpec
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Sums = Mapping[str, Any]
 NOTHING: dict[str, Any] = {}
 DTYPES = ("float32", "bfloat16")  # of activations
+MOST_FITS = 4  # numbers of devices that an error proposes
 
 
 class Dims(NamedTuple):
@@ -409,9 +411,11 @@ def check_divides(specs: Any, run: RunShape) -> None:
         assert isinstance(spec, ParameterSpec), path
         for name, size in zip(spec.axes, spec.shape, strict=True):
             shards = 1 if name is None else run.shards[name]
-            if size % shards:
+            if name is not None and size % shards:
+                fits = [n for n in range(1, shards) if size % n == 0]
                 raise ValueError(
                     f"The mesh must split every parameter evenly: dim {name!r} of "
                     f"{jax.tree_util.keystr(path, simple=True, separator='/')} {spec.shape} is "
-                    f"{size}, over {shards} devices. Change the mesh or the size."
+                    f"{size}, over {shards} devices. Set config.mesh.{RULES[name][-1]} so that "
+                    f"they are {', '.join(map(str, fits[-MOST_FITS:]))}, or change the size."
                 )

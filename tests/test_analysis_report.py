@@ -316,6 +316,20 @@ def test_a_run_with_parts_of_the_users_is_reported_without_importing_them(tmp_pa
     assert "| parameters | not recorded |" in report_of(tmp_path)[0]
 
 
+def test_a_report_says_where_a_run_starts_and_what_it_trains(tmp_path):
+    make_run(tmp_path)
+    assert "| trains |" not in report_of(tmp_path)[0]
+    record = json.loads((tmp_path / "run.json").read_text())
+    record["init_from"] = {"path": "runs/first", "step": 2000, "sha256": "0"}
+    record["trained"] = {
+        "experts": {"trained": 0, "total": 4096}, "adapters": {"trained": 64, "total": 64},
+    }  # fmt: skip
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    text = report_of(tmp_path)[0]
+    assert "| starts from | step 2,000 of `runs/first` |" in text
+    assert "| trains | 64 of 4,160 parameters: experts 0 of 4,096, adapters 64 of 64 |" in text
+
+
 def test_parameters_are_counted_if_they_were_not_recorded(tmp_path):
     make_run(tmp_path, num_steps=10)
     record = json.loads((tmp_path / "run.json").read_text())

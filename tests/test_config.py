@@ -748,7 +748,13 @@ UNEVEN = "The mesh must split every parameter evenly: dim "
             {"expert_dim": 16},
             rf"{UNEVEN}'hidden' of experts/wi \(8, 10, 16\) is 16, over 3",
         ),
-        ({"expert": 3}, {}, {}, rf"{UNEVEN}'expert' of experts/wi \(8, 10, 12\) is 8, over 3"),
+        (
+            {"expert": 3},
+            {},
+            {},
+            rf"{UNEVEN}'expert' of experts/wi \(8, 10, 12\) is 8, over 3 "
+            r"devices\. Set config\.mesh\.expert so that they are 1, 2, or change the size",
+        ),
         (
             {"slices": 3, "expert": 2, "experts_span_slices": True},
             {},

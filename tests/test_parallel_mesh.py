@@ -85,7 +85,8 @@ def test_sizes_that_mean_nothing_are_refused(settings, message):
             8,
             r"divide the number of devices: slices=1, data=-1, .*: 3 does not divide 8\. Change",
         ),
-        ({"slices": 2, "fsdp": 8}, 8, r"16 does not divide 8"),
+        ({"slices": 2, "fsdp": 8}, 8, r"16 does not divide 8\. Change a size of the mesh\."),
+        ({"expert": 3}, 1, r"3 does not divide 1\. Change .*; JAX_NUM_CPU_DEVICES=3 makes as many"),
     ],
 )
 def test_sizes_that_do_not_fit_the_devices_are_refused(settings, num_devices, message):

@@ -17,6 +17,7 @@ from moe_jax.analysis.heldout import HELDOUT_METRIC, Row, newest_heldout
 from moe_jax.analysis.names import fenced, in_code, in_markdown, table
 from moe_jax.config import ExperimentConfig, difference, read_config, write_config
 from moe_jax.config.upgrade import upgrade
+from moe_jax.models.trained import describe_trained
 from moe_jax.planning.arithmetic import count_parameters
 from moe_jax.training.files import (
     CONFIG_FILE,
@@ -314,6 +315,7 @@ def _facts(run: Run) -> str:
     commit = record.get("commit") or "not run from a checkout"
     facts = {
         "parameters": _parameters(run),
+        **_origin(run),
         "time in training steps": f"{training_seconds(run.rows):,.0f} s",
         **_speed(run),
         "commit": commit + (" with uncommitted changes" if record.get("dirty") else ""),
@@ -340,6 +342,17 @@ def _parameters(run: Run) -> str:
         count = count_parameters(config.model, config.lengths)
         recorded = {"total": count.total, "active": count.active}
     return f"{recorded['total']:,} in all, {recorded['active']:,} used by a token"
+
+
+def _origin(run: Run) -> dict[str, str]:
+    """The checkpoint that a run starts from, and what it trains, adapters included, if not all."""
+    facts = {}
+    if origin := run.record.get("init_from"):
+        facts["starts from"] = f"step {origin['step']:,} of {in_code(origin['path'])}"
+    trained = run.record.get("trained", {})
+    if any(one["trained"] < one["total"] for one in trained.values()):
+        facts["trains"] = describe_trained(trained).removeprefix("trains ")
+    return facts
 
 
 def _speed(run: Run) -> dict[str, str]:

@@ -69,7 +69,8 @@ class MeshConfig(Settings):
             num_devices % known == 0,
             "the sizes of the mesh must divide the number of devices",
             f"{written}: {known} does not divide {num_devices}",
-            "Change a size of the mesh",
+            "Change a size of the mesh"
+            + f"; JAX_NUM_CPU_DEVICES={known} makes as many of one CPU" * (num_devices == 1),
         )
         left = num_devices // known
         data, fsdp, expert, tensor = (left if size == -1 else size for size in self.sizes)

@@ -222,7 +222,10 @@ def failure_of(job: Job, code: int) -> str:
     found = failure(job.workdir)
     if not found:
         found = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        found = f"the process ended by {found}; the lines above may say why"
+        why = "the lines above may say why"
+        if code == -signal.SIGKILL:
+            why = "the system kills what needs more memory than there is: lower --jobs or the model"
+        found = f"the process ended by {found}; {why}"
         with path.open("a", encoding="utf-8") as log:
             log.write(f"\n{ERROR}{found}\n")
     return f"failed: {found} ({path})"
