@@ -313,8 +313,10 @@ class MoE(Part):
         plan = plan_experts(self)
         if plan.rows == "ragged":
             return dataclasses.replace(self, run_experts="ragged", exchange="auto")
-        unused = {"buffer_factor": 0.0, "eval_buffer_factor": 0.0, "stop_at_overflow": False}
-        return dataclasses.replace(self, run_experts=plan.rows, **unused)
+        return dataclasses.replace(
+            self, run_experts=plan.rows, buffer_factor=0.0, eval_buffer_factor=0.0,
+            stop_at_overflow=False,
+        )  # fmt: skip
 
     def costs(self, dims: Dims, length: int, dtype: str) -> tuple[Cost, ...]:
         """See `Part` and `moe_costs`."""
