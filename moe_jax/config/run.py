@@ -199,6 +199,8 @@ class TrainingConfig(Settings):
     num_steps: int = setting(1000, at_least=1)  # optimizer steps in all
     batch_size: int = setting(16, at_least=1)  # sequences a step, over all devices
     num_microbatches: int = setting(1, at_least=1)  # parts of a batch; more need less memory
+    # Chunks of positions; only the logits of one exist at a time, and training computes them twice.
+    logits_chunks: int = setting(1, at_least=1, changes_results=False)
     # "cross_entropy", "cross_entropy_z", "distil", or one of these with its settings
     loss: Any = dataclasses.field(default_factory=default_loss, metadata={"family": "loss"})
     # Where metrics are written, in addition to metrics.jsonl.
@@ -232,6 +234,12 @@ class TrainingConfig(Settings):
             "training.num_microbatches must divide training.batch_size",
             f"batch_size={self.batch_size}, num_microbatches={self.num_microbatches}",
             "Use a divisor",
+        )
+        require(
+            self.logits_chunks == 1 or self.loss.takes_chunks,
+            "training.logits_chunks above 1 needs a training loss that declares takes_chunks",
+            f"logits_chunks={self.logits_chunks}, loss={self.loss}",
+            "Set logits_chunks=1, and raise num_microbatches to lower the memory of logits",
         )
         require(
             self.keep_every % self.checkpoint_every == 0,

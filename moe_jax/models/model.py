@@ -320,7 +320,8 @@ class LanguageModel(Settings):
         embed, call = functools.partial(self.embed, params), call.with_defaults(x_BLM)
         later, more = self.modules.apply(params[NAME], hidden_BLM, call, embed, separated(state))
         later_BLV = tuple(self.logits(params, one_BLM) for one_BLM in later)
-        return found._replace(aux=found.aux | joined(more), later_BLV=later_BLV)
+        aux = found.aux | joined(more)
+        return found._replace(aux=aux, later_BLV=later_BLV, later_BLM=tuple(later))
 
     def encode(self, params: Any, call: Call, **trees: Any) -> tuple[Call, Encoded]:
         """Runs before the decoder; does nothing in a model without an encoder."""
@@ -336,6 +337,11 @@ class LanguageModel(Settings):
         key = None if call.rng is None else jax.random.fold_in(call.rng, stack.num_layers)
         x_BLM = dropout(x_BLM, self.dropout_rate, key)
         return stack.apply(params[name], x_BLM, call, **trees)
+
+    def head_params(self, params: Any) -> dict[str, Any]:
+        """The parameters that `logits` reads."""
+        names = ("embedding" if self.tie_embeddings else "head", "head_bias")
+        return {name: params[name] for name in names if name in params}
 
     def logits(self, params: Any, x_BLM: jax.Array) -> jax.Array:
         """The output head on a normed residual: float32 [B, L, V], after bias, scale and cap."""

@@ -31,6 +31,7 @@ class ModelOutput(NamedTuple):
       residual_XBLM: the residual stream after every layer, if `Call.record`; else None.
       later_BLV: logits of the multi-token modules, on request: module k predicts the token k + 1
         ahead, float32 [B, L, V].
+      later_BLM: the normed residuals of these modules, which the head reads.
       encoder_residual_XBTM: the encoder's residual stream, if it ran and `Call.record`; else None.
       hidden_BLM: the normed residual that the head reads, at every place.
     """
@@ -40,6 +41,7 @@ class ModelOutput(NamedTuple):
     cache: Any = None
     residual_XBLM: jax.Array | None = None
     later_BLV: tuple[jax.Array, ...] = ()
+    later_BLM: tuple[jax.Array, ...] = ()
     encoder_residual_XBTM: jax.Array | None = None
     hidden_BLM: jax.Array | None = None
 

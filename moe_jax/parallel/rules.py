@@ -82,7 +82,8 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Shards an array over the mesh in use, by the table; no-op without a mesh.
 
     Args:
-      x: a global array. Inside `jax.shard_map`, its manual axes are left out.
+      x: a global array. Inside `jax.shard_map` it is the device's part along the manual axes, which
+        are left out.
       *names: names of its dims; None for a dim that is not split.
 
     Raises:
@@ -92,17 +93,17 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if mesh is None:
         return x
     assert len(names) == x.ndim, (names, x.shape)
-    for name, size in zip(names, x.shape, strict=True):
-        if name is not None and size % num_shards(name, mesh):
-            raise ValueError(
-                f"The mesh must split a dim evenly: {name!r} of size {size} over "
-                f"{num_shards(name, mesh)} devices ({mesh_axes(name, mesh)}), array {x.shape}. "
-                "Change the mesh or the size."
-            )
     automatic = [
-        tuple(axis for axis in mesh_axes(name, mesh) if axis not in mesh.manual_axes) or None
+        tuple(axis for axis in mesh_axes(name, mesh) if axis not in mesh.manual_axes)
         for name in names
     ]
+    for name, axes, size in zip(names, automatic, x.shape, strict=True):
+        shards = math.prod(mesh.shape[axis] for axis in axes)
+        if size % shards:
+            raise ValueError(
+                f"The mesh must split a dim evenly: {name!r} of size {size} over {shards} devices "
+                f"({axes}), array {x.shape}. Change the mesh or the size."
+            )
     if len(mesh.manual_axes) == len(mesh.axis_names):
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*automatic))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(axes or None for axes in automatic)))

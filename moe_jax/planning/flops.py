@@ -217,7 +217,10 @@ def forward_flops(model: LanguageModel, sequence_length: int | Lengths) -> dict[
 
 
 def training_flops(
-    model: LanguageModel, sequence_length: int | Lengths, num_microbatches: int = 1
+    model: LanguageModel,
+    sequence_length: int | Lengths,
+    num_microbatches: int = 1,
+    logits_chunks: int = 1,
 ) -> dict[str, float]:
     """Computed FLOPs per token of a training step by `KINDS`.
 
@@ -226,6 +229,7 @@ def training_flops(
     the first. `model.remat` adds what it computes again: "full" every layer's forward pass, "dots"
     the products with a batch dim (attention scores and values, experts, dispatch). Several
     microbatches with a loss of the whole batch run the layers forward once more, for its sums.
+    Logits in chunks are computed again in the backward pass.
     """
     forward = forward_flops(model, sequence_length)
     in_layers = forward | {"head": 0.0}
@@ -239,6 +243,8 @@ def training_flops(
         }
     if measures_first(model, num_microbatches):
         again = {kind: again[kind] + in_layers[kind] for kind in KINDS}
+    if logits_chunks > 1:
+        again["head"] = forward["head"]
     dispatch = total(model, sequence_length, lambda cost: cost.dispatch)
     again["routing"] -= dispatch / 2  # the other half is the combine
     return {kind: 3 * forward[kind] + again[kind] for kind in KINDS}

@@ -44,7 +44,7 @@ class Memory:
       optimizer: moments, float32.
       gradients: of what trains, float32; with several microbatches, the sum and the newest one.
       saved_activations: what the forward pass of a microbatch saves for the backward pass.
-      logits: float32 logits and their gradient, and those of a teacher.
+      logits: float32 logits and their gradient, of one chunk, and those of a teacher.
       layer: working set of the largest layer: its activations if they are computed again, its
         weights gathered over fsdp, and their gradient before it is split again.
       dispatch: slots on their way to the experts and back, and one-hot tensors, of the layer with
@@ -83,7 +83,8 @@ def estimate_memory(work: Workload) -> Memory:
         optimizer=optimizer_bytes(work),
         gradients=gradient_copies * local_bytes(training_parameters(work.config), mesh),
         saved_activations=saved_bytes(work),
-        logits=2 * num_heads(model) * logits_bytes(work) + sum(map(logits_bytes, work.teachers)),
+        logits=2 * num_heads(model) * logits_bytes(work) / work.config.training.logits_chunks
+        + sum(map(logits_bytes, work.teachers)),
         layer=max(working_set(one, layer) for one, layer in layers),
         dispatch=max(dispatch_bytes(one, layer) for one, layer in layers),
     )

@@ -129,6 +129,10 @@ def _candidates(config: ExperimentConfig) -> Iterator[tuple[Mapping[str, object]
             "there is any",
             not model.depends_on_microbatches,
         )
+    if config.training.loss.takes_chunks:
+        for factor in (4, 16):
+            chunks = {"training.logits_chunks": factor * config.training.logits_chunks}
+            yield chunks, "computes logits twice", True
     sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "expert": mesh.expert, "tensor": mesh.tensor}
     for source, target in itertools.permutations(sizes, 2):
         for part in {2, sizes[source]}:

@@ -88,8 +88,10 @@ def computed_flops(work: Workload) -> dict[str, float]:
     """
     tokens = work.config.training.batch_size * work.length / work.mesh.num_devices
     if work.learns:
-        parts = work.config.training.num_microbatches
-        by_kind = training_flops(work.model, work.lengths, parts)
+        training = work.config.training
+        by_kind = training_flops(
+            work.model, work.lengths, training.num_microbatches, training.logits_chunks
+        )
     else:
         by_kind = forward_flops(work.model, work.lengths)
     flops = {kind: tokens * by_kind[kind] for kind in KINDS}

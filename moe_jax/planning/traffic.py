@@ -48,7 +48,8 @@ def hbm_traffic(work: Workload) -> dict[str, float]:
     In the forward pass, a product of rows [T, I] and weights [I, O] moves T I + I O + T O numbers
     in the compute dtype. The backward pass moves twice that (for the gradients of input and
     weight), and remat adds one more for what it computes again. The head adds its float32 logits,
-    and runs once more for each multi-token module. The optimizer reads gradient, parameter and
+    and runs once more for each multi-token module; in chunks, it reads its weights per chunk and
+    computes logits twice. The optimizer reads gradient, parameter and
     moments of what trains and writes the last two. A teacher runs forward once.
     """
     model, mesh = work.model, work.mesh
@@ -65,11 +66,13 @@ def hbm_traffic(work: Workload) -> dict[str, float]:
         )
         for kind in KINDS
     }
-    numbers = work.decoder_tokens * model.model_dim + weights["head"]
+    chunks = work.config.training.logits_chunks
+    numbers = work.decoder_tokens * model.model_dim + chunks * weights["head"]
     logits = Bytes(split=work.decoder_tokens * model.vocab_size * FLOAT32).on(mesh.tensor)
     if not work.learns:
         return total | {"head": num_microbatches * (work.itemsize * numbers + logits)}
-    of_a_head = 3 * work.itemsize * numbers + 4 * logits
+    products = 3 + (chunks > 1)
+    of_a_head = products * work.itemsize * numbers + (products + 1) * logits
     total["head"] = num_microbatches * num_heads(model) * of_a_head
     total["teacher"] = sum(sum(hbm_traffic(teacher).values()) for teacher in work.teachers)
     optimizer = work.config.optimizer

@@ -1,6 +1,6 @@
 """Held-out loss, overall and per domain, in each of the `ways` (legend: `moe_jax.moe`).
 
-D counts domains.
+C counts chunks of positions, D domains.
 """
 
 import functools
@@ -21,6 +21,7 @@ from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.processes import compile_in_all
 from moe_jax.parallel.rules import constrain
 from moe_jax.part import NOTHING
+from moe_jax.training.logits_chunks import over_chunks
 from moe_jax.training.loss import Batch, call_of, replayed_choices, target_nats
 from moe_jax.training.placement import inference_rows
 from moe_jax.training.ways import CAPACITIES, ways_of
@@ -45,7 +46,7 @@ class SequenceSums(NamedTuple):
     overflow_X: Mapping[str, jax.Array] = NOTHING
 
 
-@functools.partial(jax.jit, static_argnames=("model", "capacity"))
+@functools.partial(jax.jit, static_argnames=("model", "capacity", "logits_chunks"))
 def evaluate_batch(
     params: Any,
     model_state: Any,
@@ -55,15 +56,23 @@ def evaluate_batch(
     *,
     model: LanguageModel,
     capacity: float | None,
+    logits_chunks: int = 1,
 ) -> SequenceSums:
     """Scores the sequences of a batch; `capacity` 0 means dropless, None each part's own."""
     call = call_of(batch, step=step, capacity=capacity)
     output = model.run(params, call, state=model_state, replay=replayed_choices(batch))
     weight_BL = batch["loss_weights"]
-    nats_BL = target_nats(output.logits_BLV, batch["targets"]) * weight_BL
+
+    def score(hidden_BLM: jax.Array, fields: Batch) -> jax.Array:
+        nats_BL = target_nats(model.logits(params, hidden_BLM), fields["targets"])
+        return jnp.sum(nats_BL * fields["loss_weights"], axis=1)
+
+    assert output.hidden_BLM is not None
+    fields = {name: batch[name] for name in ("targets", "loss_weights")}
+    nats_CB = over_chunks(score, output.hidden_BLM, fields, logits_chunks)
     aux = {part: output.aux[part] for part in model.moe_layers}
     sums = SequenceSums(
-        nats_B=jnp.sum(nats_BL, axis=1),
+        nats_B=jnp.sum(nats_CB, axis=0),
         targets_B=jnp.sum(weight_BL, axis=1),
         bytes_B=jnp.sum(token_bytes_V[batch["targets"]] * weight_BL, axis=1),
         assigned_XBE={part: own.sequences["assigned_BE"] for part, own in aux.items()},
@@ -238,7 +247,8 @@ def score(
         arrays = from_whole(batch, mesh, ("batch", None))
         for name, total in totals.items():
             inputs = (params, model_state, arrays, token_bytes_V, step)
-            static = {"model": config.model, "capacity": CAPACITIES[name]}
+            chunks = math.gcd(config.training.logits_chunks, config.lengths.decoder)
+            static = {"model": config.model, "capacity": CAPACITIES[name], "logits_chunks": chunks}
             with jax.set_mesh(mesh):
                 if index == 0:
                     compile_in_all(evaluate_batch, *inputs, **static)

@@ -13,6 +13,7 @@ from moe_jax.models import multi_token
 from moe_jax.models.model import LanguageModel
 from moe_jax.moe.routing import Choices
 from moe_jax.part import NOTHING, Aux, Call, EncoderInputs
+from moe_jax.training.logits_chunks import sum_over_chunks
 
 Batch = Mapping[str, jax.Array]
 ENCODER_INPUTS = ("encoder_inputs", "encoder_positions", "encoder_segment_ids")
@@ -79,6 +80,8 @@ class TrainingLoss(Settings):
     """
 
     family: ClassVar[str] = "loss"
+    # Whether `share` may get some positions of each sequence at a time (`training.logits_chunks`).
+    takes_chunks: ClassVar[bool] = False
 
     def content(self, config: Any, content: Mapping[str, str]) -> dict[str, str]:
         """Sha256 of what it reads from disk, by name; a resumed run requires the same.
@@ -135,6 +138,8 @@ class TrainingLoss(Settings):
 class CrossEntropy(TrainingLoss):
     """The weighted mean cross-entropy of the targets, nats per target."""
 
+    takes_chunks: ClassVar[bool] = True
+
     def share(
         self, scored: Scored, microbatch: Batch, totals: Totals, arrays: tuple[Any, ...]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -151,6 +156,8 @@ class CrossEntropyZ(TrainingLoss):
     Mesh TensorFlow's `z_loss`, with which T5 and its successors trained; PaLM, Chowdhery et al.
     2022, arXiv:2204.02311, sec. 5.
     """
+
+    takes_chunks: ClassVar[bool] = True
 
     z_loss: float = setting(1e-4, at_least=0)  # the weight of that mean
 
@@ -247,6 +254,7 @@ def partial_loss(
     step: jax.Array | None = None,
     training_loss: TrainingLoss | None = None,
     arrays: tuple[Any, ...] = (),
+    logits_chunks: int = 1,
 ) -> tuple[jax.Array, LossParts]:
     """The share of a microbatch in the training loss of its batch.
 
@@ -266,37 +274,67 @@ def partial_loss(
       step: int32 scalar, for annealed settings; None: their final values.
       training_loss: the run's training loss; None: cross-entropy.
       arrays: the arrays that it reads.
+      logits_chunks: see `training.logits_chunks`.
 
     Returns:
       The share of the total loss (differentiate this), and its parts.
     """
+    training_loss = training_loss or CrossEntropy()
     call = call_of(microbatch, rng=rng, step=step)
     trees: dict[str, Any] = {"state": model_state, "replay": replayed_choices(microbatch)}
     output = model.run(params, call, multi_token=model.modules is not None, **trees)
-    nats_BL = target_nats(output.logits_BLV, microbatch["targets"])
-    cross_entropy = jnp.sum(nats_BL * microbatch["loss_weights"]) / totals.loss_weight
+    head = model.head_params(params)
+    assert output.hidden_BLM is not None
+
+    def score(head: Any, hidden_BLM: jax.Array, fields: Batch, others: Any) -> Any:
+        totals, arrays = others
+        logits_BLV = model.logits(head, hidden_BLM)
+        nats_BL = target_nats(logits_BLV, fields["targets"])
+        cross_entropy = jnp.sum(nats_BL * fields["loss_weights"]) / totals.loss_weight
+        scored = Scored(logits_BLV, nats_BL, cross_entropy)
+        return cross_entropy, *training_loss.share(scored, fields, totals, arrays)
+
+    fields = microbatch
+    if logits_chunks > 1:
+        fields = {n: x for n, x in microbatch.items() if n not in ENCODER_INPUTS}
+    # The output's own logits are not used, so the compiler leaves them out.
+    cross_entropy, share, of_loss = sum_over_chunks(
+        score, head, output.hidden_BLM, fields, (totals, arrays), logits_chunks
+    )
     aux = output.aux
-    if output.later_BLV:
-        aux = aux | {multi_token.NAME: later_losses(output.later_BLV, microbatch, totals)}
-    scored = Scored(output.logits_BLV, nats_BL, cross_entropy)
-    share, of_loss = (training_loss or CrossEntropy()).share(scored, microbatch, totals, arrays)
+    if output.later_BLM:
+        later = later_losses(model, head, output.later_BLM, microbatch, totals, logits_chunks)
+        aux = aux | {multi_token.NAME: later}
     tokens = (totals.encoder_tokens, totals.later_tokens_D)
     loss = share + model.loss(aux, totals.tokens, totals.sums, *tokens)
     return loss, LossParts(cross_entropy, aux, of_loss)
 
 
-def later_losses(later_BLV: Sequence[jax.Array], microbatch: Batch, totals: Totals) -> Aux:
+def later_losses(
+    model: LanguageModel,
+    head: Any,
+    later_BLM: Sequence[jax.Array],
+    microbatch: Batch,
+    totals: Totals,
+    logits_chunks: int = 1,
+) -> Aux:
     """The cross-entropy of each multi-token module: its share in the mean over the batch.
 
     Source: DeepSeek-V3, arXiv:2412.19437, eq. 24, except that the mean is over existing targets:
     the last k tokens of a document have none in module k.
     """
     assert totals.later_D is not None, "batch_totals was told the model"
+
+    def score(head: Any, hidden_BLM: jax.Array, fields: Batch, _: Any) -> jax.Array:
+        nats_BL = target_nats(model.logits(head, hidden_BLM), fields["targets"])
+        return jnp.sum(nats_BL * fields["weights"])
+
     shares = []
-    for k, logits_BLV in enumerate(later_BLV, 1):
-        weights_BL = multi_token.later_weights(
-            microbatch["loss_weights"], microbatch["segment_ids"], k
-        )
-        nats_BL = target_nats(logits_BLV, multi_token.shift(microbatch["targets"], k))
-        shares.append(jnp.sum(nats_BL * weights_BL))
+    weights_BL, segments_BL = microbatch["loss_weights"], microbatch["segment_ids"]
+    for k, hidden_BLM in enumerate(later_BLM, 1):
+        fields = {
+            "targets": multi_token.shift(microbatch["targets"], k),
+            "weights": multi_token.later_weights(weights_BL, segments_BL, k),
+        }
+        shares.append(sum_over_chunks(score, head, hidden_BLM, fields, (), logits_chunks))
     return Aux(sums={"loss_D": jnp.stack(shares) / totals.later_D})

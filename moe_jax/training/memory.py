@@ -27,8 +27,8 @@ def needed_bytes(config: ExperimentConfig, mesh: Mesh) -> dict[str, int]:
 
     Returns:
       `parameters`, `optimizer`, `gradients` (with several microbatches, their sum and the newest
-      one), float32 `logits` of a microbatch, and arrays that the training loss reads, if any, under
-      its kind. Activations are extra.
+      one), float32 `logits` of a microbatch or of a chunk of it, and arrays that the training loss
+      reads, if any, under its kind. Activations are extra.
     """
     state, shardings = abstract_state(config), state_shardings(config, mesh)
 
@@ -45,13 +45,14 @@ def needed_bytes(config: ExperimentConfig, mesh: Mesh) -> dict[str, int]:
     parts = config.training.num_microbatches
     sequences = config.training.batch_size // parts // num_shards("batch", mesh)
     vocab = config.model.vocab_size // num_shards("vocab", mesh)
+    positions = config.lengths.decoder // config.training.logits_chunks
     read = config.training.loss.abstract_arrays(config, mesh)
     of_loss = local(read, jax.tree.map(lambda leaf: leaf.sharding, read))
     return {
         "parameters": parameters,
         "optimizer": local(state.opt_state, shardings.opt_state),
         "gradients": trained * (2 if parts > 1 else 1),
-        "logits": sequences * config.lengths.decoder * vocab * FLOAT32,
+        "logits": sequences * positions * vocab * FLOAT32,
     } | ({kind_of(config.training.loss): of_loss} if of_loss else {})
 
 
@@ -140,17 +141,18 @@ def profile(workdir: pathlib.Path) -> str:
 def smaller_logits(
     config: ExperimentConfig, mesh: Mesh, needed: Mapping[str, int], available: int
 ) -> str:
-    """Which settings shrink the logits; only the length, if one sequence does not fit."""
+    """Which settings shrink the logits; fewer sequences do not, if one of them does not fit."""
     training, length = config.training, config.data.sequence_length
-    shorter = f"lower data.sequence_length (now {length})"
     sequences = training.batch_size // training.num_microbatches // num_shards("batch", mesh)
     one, rest = needed["logits"] // sequences, sum(needed.values()) - needed["logits"]
-    if one + rest > available:
-        return f"{shorter}: the logits of one sequence are {in_units(one)}"
-    return (
-        f"raise training.num_microbatches (now {training.num_microbatches}), or lower "
-        f"training.batch_size (now {training.batch_size}), or {shorter}"
-    )
+    changes = []
+    if training.loss.takes_chunks:
+        changes.append(f"raise training.logits_chunks (now {training.logits_chunks})")
+    if one + rest <= available:
+        changes.append(f"raise training.num_microbatches (now {training.num_microbatches})")
+        changes.append(f"lower training.batch_size (now {training.batch_size})")
+    changes.append(f"lower data.sequence_length (now {length})")
+    return f"{', or '.join(changes)}: the logits of one sequence are {in_units(one)}"
 
 
 def smaller_step(config: ExperimentConfig) -> str:

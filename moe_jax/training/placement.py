@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from moe_jax.config import ExperimentConfig, InitFrom
+from moe_jax.config.check import require
 from moe_jax.models.model import LanguageModel
 from moe_jax.parallel.rules import RULES, named_sharding, num_shards
 from moe_jax.part import RunShape
@@ -24,7 +25,7 @@ Kind = TypeVar("Kind")
 
 
 def check_run(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Refuses a training batch or a model that the mesh cannot split evenly.
+    """Refuses a training batch or a model that the mesh, or `logits_chunks`, cannot split evenly.
 
     Raises:
       ValueError: naming the sizes and what to change.
@@ -38,7 +39,13 @@ def check_run(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> None:
             f"num_microbatches={config.training.num_microbatches}), over {shards['batch']} "
             f"devices. Use a multiple of {shards['batch']} sequences a microbatch."
         )
-    lengths = config.lengths
+    lengths, chunks = config.lengths, config.training.logits_chunks
+    require(
+        lengths.decoder % chunks == 0,
+        "training.logits_chunks must divide the positions that the head scores",
+        f"logits_chunks={chunks}, {lengths.decoder} positions in a sequence",
+        "Use a divisor",
+    )
     config.model.check_run(RunShape(sequences, lengths.decoder, shards, lengths.encoder))
 
 

@@ -58,7 +58,10 @@ def make_train_step(
         keys = jax.random.split(rng, num_microbatches)
         trained = trained_params(config, state.params)
         totals = batch_totals(batch, model)
-        loss_settings = {"training_loss": config.training.loss, "arrays": arrays}
+        loss_settings = {
+            "training_loss": config.training.loss, "arrays": arrays,
+            "logits_chunks": config.training.logits_chunks,
+        }  # fmt: skip
         loss, grads, shares = gradient(state, batch, keys, totals, model, trained, **loss_settings)
 
         with jax.named_scope("optimizer"):
@@ -125,7 +128,7 @@ def gradient(
       totals: denominators of the whole batch.
       model: the model.
       trained: the parameters that train, from `trained_params`; None: all.
-      **loss_settings: `training_loss` and `arrays` of `partial_loss`.
+      **loss_settings: `training_loss`, `arrays` and `logits_chunks` of `partial_loss`.
 
     Returns:
       The loss, its gradient in the tree of `trained`, and the shares of all microbatches (leading
