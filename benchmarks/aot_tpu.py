@@ -23,10 +23,9 @@ import jax.numpy as jnp
 
 from moe_jax.config import MeshConfig
 from moe_jax.config.json_text import json_text
-from moe_jax.moe.activations import SwiGLU
+from moe_jax.moe.activations import Relu, SwiGLU
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.capacity import Capacity
-from moe_jax.moe.experts import Relu
 from moe_jax.moe.part import MoE
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding, num_shards

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 
 from benchmarks.timing import Checkout, Run, cell, ratios
 from moe_jax.config.kinds import load_kind
+from moe_jax.moe.activations import Activation
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.capacity import Capacity
-from moe_jax.moe.experts import Activation, FeedForward
+from moe_jax.moe.experts import FeedForward
 from moe_jax.moe.part import MoE
 from moe_jax.parameters import SHARED, ffn_specs, init_parameters
 from moe_jax.part import Call, Dims

@@ -45,8 +45,8 @@ from moe_jax.layers.feed_forward import Mlp
 from moe_jax.layers.relative_positions import RelativePositions
 from moe_jax.models.encoder_decoder import EncoderDecoder
 from moe_jax.models.stack import StackLayout
+from moe_jax.moe.activations import Activation, Relu
 from moe_jax.moe.capacity import Capacity
-from moe_jax.moe.experts import Activation, Relu
 from moe_jax.moe.load_balance import SwitchLoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.noise import Jitter

@@ -14,10 +14,10 @@ from moe_jax.layers.feed_forward import Mlp
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.balance import RouterZ
-from moe_jax.moe.capacity import Capacity, TokenMajor
+from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.load_balance import LoadBalance
 from moe_jax.moe.part import MoE
-from moe_jax.moe.queues import BatchPrioritized, ChoiceMajor
+from moe_jax.moe.queues import BatchPrioritized, ChoiceMajor, TokenMajor
 from moe_jax.moe.routing.expert_choice import ExpertChoice
 from moe_jax.moe.routing.soft import Soft
 from moe_jax.moe.routing.token_choice import TokenChoice

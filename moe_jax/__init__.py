@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from moe_jax.models.nnx import NNXModel as NNXModel
     from moe_jax.models.nnx import NNXMoE as NNXMoE
     from moe_jax.models.stack import StackLayout as StackLayout
+    from moe_jax.moe.activations import Activation as Activation
     from moe_jax.moe.balance import BalanceLoss as BalanceLoss
     from moe_jax.moe.block import moe_block as moe_block
-    from moe_jax.moe.experts import Activation as Activation
     from moe_jax.moe.part import MoE as MoE
     from moe_jax.moe.routing import Options as Options
     from moe_jax.moe.routing import Router as Router
@@ -65,9 +65,9 @@ MODULES = {
     "moe_jax.models.network": ("build",),
     "moe_jax.models.nnx": ("NNXModel", "NNXMoE"),
     "moe_jax.models.stack": ("StackLayout",),
+    "moe_jax.moe.activations": ("Activation",),
     "moe_jax.moe.balance": ("BalanceLoss",),
     "moe_jax.moe.block": ("moe_block",),
-    "moe_jax.moe.experts": ("Activation",),
     "moe_jax.moe.part": ("MoE",),
     "moe_jax.moe.routing": ("Options", "Router", "RouterInputs", "Routing"),
     "moe_jax.parameters": ("ParameterSpec", "init_parameters"),

@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Callable
 
-from moe_jax.moe.experts import Activation, Experts, Relu
+from moe_jax.moe.activations import Activation, Relu
+from moe_jax.moe.experts import Experts
 
 
 @dataclasses.dataclass(frozen=True)

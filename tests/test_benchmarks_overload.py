@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks.overload import dropped_share, of_one_domain, uniform
 from moe_jax.analysis.routed import Routed
-from moe_jax.moe.capacity import TokenMajor, assign_slots
+from moe_jax.moe.capacity import assign_slots
+from moe_jax.moe.queues import TokenMajor
 from moe_jax.moe.routing import Options, Routing
 
 

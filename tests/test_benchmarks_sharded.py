@@ -8,8 +8,7 @@ import pytest
 from benchmarks import aot_tpu, sharded_step
 from benchmarks.aot_tpu import FORMS, LAYERS, Layer, Row, Work, fewest, line, mesh_for, work_of
 from moe_jax.config import MeshConfig
-from moe_jax.moe.activations import SwiGLU
-from moe_jax.moe.experts import Relu
+from moe_jax.moe.activations import Relu, SwiGLU
 from moe_jax.moe.part import MoE
 from moe_jax.moe.run_experts.plan import WAYS
 from moe_jax.planning.hlo import Collective, Program

@@ -20,9 +20,9 @@ from moe_jax.layers.feed_forward import Mlp
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.block import moe_block
-from moe_jax.moe.capacity import Capacity, TokenMajor
+from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.part import MoE
-from moe_jax.moe.queues import BatchPrioritized, ByProbability, ChoiceMajor, RandomOrder
+from moe_jax.moe.queues import BatchPrioritized, ByProbability, ChoiceMajor, RandomOrder, TokenMajor
 from moe_jax.moe.routing.cosine import Cosine
 from moe_jax.moe.routing.expert_choice import ExpertChoice
 from moe_jax.moe.routing.logits import Linear, Sigmoid, Softmax, SoftmaxOverSelected

@@ -17,8 +17,8 @@ from moe_jax.checks import CHECKS, FAMILIES, Trial, check
 from moe_jax.config.kinds import KINDS, load_kind
 from moe_jax.config.settings import Settings
 from moe_jax.layers.feed_forward import Mlp
+from moe_jax.moe.activations import Activation
 from moe_jax.moe.bias import SignUpdate
-from moe_jax.moe.experts import Activation
 from moe_jax.moe.load_balance import LoadBalance
 from moe_jax.moe.routing.logits import Linear
 from moe_jax.moe.routing.noise import Gaussian, Jitter, Learned

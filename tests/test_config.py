@@ -33,9 +33,9 @@ from moe_jax.moe.activations import SwiGLU
 from moe_jax.moe.balance import BatchEntropy, Importance, Load, RouterZ, TokenEntropy
 from moe_jax.moe.bias import QuantileUpdate, SignUpdate
 from moe_jax.moe.capacity import Capacity
+from moe_jax.moe.capacity_presets import PRESETS
 from moe_jax.moe.load_balance import HuggingFaceLoadBalance, LoadBalance
 from moe_jax.moe.part import MoE
-from moe_jax.moe.presets import PRESETS
 from moe_jax.moe.queues import BatchPrioritized, ByProbability, ChoiceMajor, RandomOrder
 from moe_jax.moe.routing.cosine import Cosine
 from moe_jax.moe.routing.expert_choice import ExpertChoice
@@ -221,8 +221,8 @@ def router(**settings):
             r"router: a kind .* must be importable: kind='no_such_module:Router' gives Module",
         ),
         (
-            router(kind="moe_jax.moe.experts:Relu"),
-            r"router: a kind of router must be a class derived from .*moe\.experts:Relu' is ",
+            router(kind="moe_jax.moe.activations:Relu"),
+            r"router: a kind of router must be a class derived from .*moe\.activations:Relu' is ",
         ),
         (
             router(kind="__main__:Router"),

@@ -183,7 +183,7 @@ FOREIGN = '''
 """A queue of the user's."""
 import dataclasses
 from moe_jax.config.settings import setting
-from moe_jax.moe.capacity import TokenMajor
+from moe_jax.moe.queues import TokenMajor
 
 IMPORTED = []
 

@@ -16,7 +16,7 @@ from moe_jax.interchange.rope import LONGEST, read_rotary
 from moe_jax.interchange.write import config_json
 from moe_jax.layers.rotary import Rotary
 from moe_jax.layers.rotary_scaling import LinearScaling
-from moe_jax.moe.experts import Relu
+from moe_jax.moe.activations import Relu
 from moe_jax.part import Call
 from tests.hf_families import CASES, Case, write_model
 from tests.hf_others import LONGROPE

@@ -15,9 +15,8 @@ import moe_jax
 from moe_jax.interchange.family import load_family
 from moe_jax.interchange.leaves import leaves_of
 from moe_jax.interchange.tensor_files import TensorFiles, ToWrite, write_tensors
-from moe_jax.moe.activations import GeGLU, GeGLUTanh, Gelu, SwiGLU
+from moe_jax.moe.activations import GeGLU, GeGLUTanh, Gelu, Relu, SwiGLU
 from moe_jax.moe.balance import RouterZ
-from moe_jax.moe.experts import Relu
 from moe_jax.moe.load_balance import HuggingFaceSwitchLoadBalance
 from moe_jax.part import Call, EncoderInputs
 from tests.hf_families import CASES, Case, write_model, written_by_rules

@@ -10,7 +10,7 @@ import pytest
 from moe_jax.moe import balance
 from moe_jax.moe.balance import BatchEntropy, Importance, Load, RouterZ, TokenEntropy, named_losses
 from moe_jax.moe.block import moe_block
-from moe_jax.moe.capacity import TokenMajor, assign_slots
+from moe_jax.moe.capacity import assign_slots
 from moe_jax.moe.load_balance import (
     FlaxformerLoadBalance,
     HuggingFaceLoadBalance,
@@ -19,6 +19,7 @@ from moe_jax.moe.load_balance import (
     SwitchLoadBalance,
 )
 from moe_jax.moe.part import MoE
+from moe_jax.moe.queues import TokenMajor
 from moe_jax.moe.routing import Options, Routing
 from moe_jax.moe.routing.logits import Sigmoid, SoftmaxOverSelected
 from moe_jax.moe.routing.noise import Learned

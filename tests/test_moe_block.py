@@ -11,7 +11,7 @@ from moe_jax.moe.activations import GeGLU, Gelu, SwiGLU
 from moe_jax.moe.balance import RouterZ
 from moe_jax.moe.bias import SignUpdate
 from moe_jax.moe.block import moe_block, tokens_per_group
-from moe_jax.moe.capacity import Capacity, TokenMajor
+from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.load_balance import (
     FlaxformerLoadBalance,
     HuggingFaceLoadBalance,
@@ -19,7 +19,7 @@ from moe_jax.moe.load_balance import (
     SwitchLoadBalance,
 )
 from moe_jax.moe.part import MoE
-from moe_jax.moe.queues import BatchPrioritized, ByProbability, ChoiceMajor
+from moe_jax.moe.queues import BatchPrioritized, ByProbability, ChoiceMajor, TokenMajor
 from moe_jax.moe.routing.logits import Linear, Sigmoid, SoftmaxOverSelected
 from moe_jax.moe.routing.selection import ExpertGroups
 from moe_jax.moe.routing.token_choice import TokenChoice

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from moe_jax.config.kinds import KINDS, load_kind
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.capacity import Capacity, assign_slots
+from moe_jax.moe.capacity_presets import PRESETS
 from moe_jax.moe.part import MoE
-from moe_jax.moe.presets import PRESETS
 from moe_jax.moe.routing import Options, Routing
 from moe_jax.part import Call, Dims
 from tests import moe_oracle

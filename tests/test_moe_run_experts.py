@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.moe.activations import Relu
 from moe_jax.moe.capacity import Assignment
-from moe_jax.moe.experts import Experts, FeedForward, Relu
+from moe_jax.moe.experts import Experts, FeedForward
 from moe_jax.moe.run_experts.gather import run_gather
 from moe_jax.moe.run_experts.rows import run_sorted_rows
 from moe_jax.moe.run_experts.slots import run_einsum

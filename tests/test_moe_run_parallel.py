@@ -14,10 +14,9 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from moe_jax.config import MeshConfig
-from moe_jax.moe.activations import GeGLU, Gelu, SwiGLU
+from moe_jax.moe.activations import GeGLU, Gelu, Relu, SwiGLU
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.capacity import Assignment, Capacity
-from moe_jax.moe.experts import Relu
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.logits import Sigmoid
 from moe_jax.moe.routing.token_choice import TokenChoice

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.moe.experts import FeedForward, Relu
+from moe_jax.moe.activations import Relu
+from moe_jax.moe.experts import FeedForward
 from moe_jax.moe.run_experts import rows
 from moe_jax.moe.run_experts.expert_loop import (
     block_sizes,

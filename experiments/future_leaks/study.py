@@ -16,8 +16,7 @@ from experiments.verdict import (
     too_few_for_the_noise,
 )
 from moe_jax.analysis.leakage import compare_futures
-from moe_jax.moe.capacity import Queue, TokenMajor
-from moe_jax.moe.queues import BatchPrioritized, ChoiceMajor
+from moe_jax.moe.queues import BatchPrioritized, ChoiceMajor, Queue, TokenMajor
 from moe_jax.moe.routing.expert_choice import ExpertChoice
 from moe_jax.moe.routing.soft import Soft
 from moe_jax.training.saved import load_run

@@ -60,7 +60,7 @@ KINDS: dict[str, dict[str, str]] = {
         "longrope": "moe_jax.layers.rotary_scaling:LongRope",
     },
     "activation": {
-        "relu": "moe_jax.moe.experts:Relu",
+        "relu": "moe_jax.moe.activations:Relu",
         "gelu": "moe_jax.moe.activations:Gelu",
         "gelu_tanh": "moe_jax.moe.activations:GeluTanh",
         "silu": "moe_jax.moe.activations:Silu",
@@ -104,7 +104,7 @@ KINDS: dict[str, dict[str, str]] = {
         "random": "moe_jax.moe.routing.selection:RandomChoices",
     },
     "queue": {
-        "token_major": "moe_jax.moe.capacity:TokenMajor",
+        "token_major": "moe_jax.moe.queues:TokenMajor",
         "choice_major": "moe_jax.moe.queues:ChoiceMajor",
         "batch_prioritized": "moe_jax.moe.queues:BatchPrioritized",
         "probability": "moe_jax.moe.queues:ByProbability",

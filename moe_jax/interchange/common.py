@@ -11,8 +11,8 @@ from moe_jax.interchange.rope import read_rotary, rope_settings
 from moe_jax.interchange.rules import LINEAR, Rule
 from moe_jax.layers.attention import Attention
 from moe_jax.models.model import LanguageModel
+from moe_jax.moe.activations import Activation
 from moe_jax.moe.capacity import Capacity
-from moe_jax.moe.experts import Activation
 from moe_jax.moe.load_balance import HuggingFaceLoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.token_choice import TokenChoice

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from moe_jax.config.settings import setting
 from moe_jax.costs import Cost, ffn_cost
-from moe_jax.moe.experts import Activation, FeedForward, Relu
+from moe_jax.moe.activations import Activation, Relu
+from moe_jax.moe.experts import FeedForward
 from moe_jax.parameters import SHARED, ffn_specs
 from moe_jax.part import Call, Dims, Output, Own, Part
 

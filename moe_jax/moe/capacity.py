@@ -3,14 +3,15 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.config.check import require
 from moe_jax.config.settings import Settings, setting
-from moe_jax.moe.presets import preset_fields
+from moe_jax.moe.capacity_presets import preset_fields
+from moe_jax.moe.queues import Queue, TokenMajor
 from moe_jax.moe.routing import Options, Routing
 
 ROUNDING: dict[str, Callable[[float], int]] = {
@@ -41,50 +42,6 @@ class Assignment(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Queue(Settings):
-    """The order in which the choices of a group get slots; it decides which are dropped."""
-
-    family: ClassVar[str] = "queue"
-    needs_rng: ClassVar[bool] = False
-
-    def looks_ahead(self, num_selected: int) -> bool:
-        """Whether a token's slots can depend on later tokens of its group, with K choices."""
-        del num_selected
-        return True
-
-    def slots(
-        self, routing: Routing, expert_index_GSK: jax.Array, rng: jax.Array | None
-    ) -> jax.Array:
-        """The slot of each choice in its expert if there were room for all: int32 [G, S, K].
-
-        Args:
-          routing: its probabilities and gates may rank tokens.
-          expert_index_GSK: int32; index E (padding or not chosen) joins no queue.
-          rng: key for a random order.
-        """
-        raise NotImplementedError
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenMajor(Queue):
-    """Token by token; within a token, the best choice first (MaxText)."""
-
-    def looks_ahead(self, num_selected: int) -> bool:
-        """See `Queue`."""
-        return False
-
-    def slots(
-        self, routing: Routing, expert_index_GSK: jax.Array, rng: jax.Array | None
-    ) -> jax.Array:
-        """See `Queue`. Counts whole tokens, since the choices of a token are different experts."""
-        num_experts = routing.probs_GSE.shape[-1]
-        mask_GSE = jnp.sum(jax.nn.one_hot(expert_index_GSK, num_experts, dtype=jnp.int32), axis=2)
-        before_GSE = jnp.cumsum(mask_GSE, axis=1) - mask_GSE
-        index_GSK = jnp.minimum(expert_index_GSK, num_experts - 1)
-        return jnp.take_along_axis(before_GSE, index_GSK, axis=-1)
-
-
-@dataclasses.dataclass(frozen=True)
 class Capacity(Settings):
     """The number of slots per expert in a group, and the order in which choices get them."""
 
@@ -93,7 +50,7 @@ class Capacity(Settings):
         2.0, at_least=0
     )  # in capacity-limited evaluation, if tokens choose
     slots: int = setting(0, at_least=0)  # this number instead of a factor's; 0: by the factor
-    preset: str = ""  # a system's rule and queue, from `presets.PRESETS`; "": the fields below
+    preset: str = ""  # a system's rule and queue, from `capacity_presets`; "": the fields below
     per: str = setting("assignment", choices=("assignment", "token", "choice"))  # see `num_slots`
     rounding: str = setting("ceil", choices=tuple(ROUNDING))  # of the product; "nearest": to even
     round_mean_up: bool = False  # round the mean load up before the factor is applied (MaxText)

@@ -12,40 +12,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config.settings import Settings
+from moe_jax.moe.activations import Activation
 from moe_jax.parameters import Layout, dense, grouped
 
 Weights = Mapping[str, Any]  # arrays, or `Weight`s, by name
-
-
-@dataclasses.dataclass(frozen=True)
-class Activation(Settings):
-    """The function between the matrix products of a feed-forward network.
-
-    Attributes:
-      gated: whether there is a third matrix, for the gate.
-    """
-
-    family: ClassVar[str] = "activation"
-    gated: ClassVar[bool] = False
-
-    def apply(self, inner: jax.Array, gate: jax.Array | None) -> jax.Array:
-        """The hidden units.
-
-        Args:
-          inner: x wi, [..., H].
-          gate: x wg, [..., H], if the activation is gated; else None.
-        """
-        raise NotImplementedError
-
-
-@dataclasses.dataclass(frozen=True)
-class Relu(Activation):
-    """max(x wi, 0)."""
-
-    def apply(self, inner: jax.Array, gate: jax.Array | None) -> jax.Array:
-        """See `Activation`."""
-        return jax.nn.relu(inner)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,12 +15,13 @@ from moe_jax.config.check import require
 from moe_jax.config.settings import setting
 from moe_jax.costs import Cost, Saving
 from moe_jax.moe import statistics
+from moe_jax.moe.activations import Activation, Relu
 from moe_jax.moe.balance import BalanceLoss, RouterZ, by_settings, named_losses
 from moe_jax.moe.bias import BiasUpdate
 from moe_jax.moe.block import moe_block, tokens_per_group
 from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.costs import moe_costs, moe_savings
-from moe_jax.moe.experts import Activation, Experts, FeedForward, Relu
+from moe_jax.moe.experts import Experts, FeedForward
 from moe_jax.moe.load_balance import LoadBalance
 from moe_jax.moe.routing import Options, Router
 from moe_jax.moe.routing.token_choice import TokenChoice

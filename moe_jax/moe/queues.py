@@ -1,4 +1,4 @@
-"""Queues of other systems (legend: `moe_jax.moe`)."""
+"""Queues: the order in which choices get the slots of their experts (legend: `moe_jax.moe`)."""
 
 import dataclasses
 from typing import ClassVar
@@ -6,8 +6,52 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.capacity import Queue
+from moe_jax.config.settings import Settings
 from moe_jax.moe.routing import Routing
+
+
+@dataclasses.dataclass(frozen=True)
+class Queue(Settings):
+    """The order in which the choices of a group get slots; it decides which are dropped."""
+
+    family: ClassVar[str] = "queue"
+    needs_rng: ClassVar[bool] = False
+
+    def looks_ahead(self, num_selected: int) -> bool:
+        """Whether a token's slots can depend on later tokens of its group, with K choices."""
+        del num_selected
+        return True
+
+    def slots(
+        self, routing: Routing, expert_index_GSK: jax.Array, rng: jax.Array | None
+    ) -> jax.Array:
+        """The slot of each choice in its expert if there were room for all: int32 [G, S, K].
+
+        Args:
+          routing: its probabilities and gates may rank tokens.
+          expert_index_GSK: int32; index E (padding or not chosen) joins no queue.
+          rng: key for a random order.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenMajor(Queue):
+    """Token by token; within a token, the best choice first (MaxText)."""
+
+    def looks_ahead(self, num_selected: int) -> bool:
+        """See `Queue`."""
+        return False
+
+    def slots(
+        self, routing: Routing, expert_index_GSK: jax.Array, rng: jax.Array | None
+    ) -> jax.Array:
+        """See `Queue`. Counts whole tokens, since the choices of a token are different experts."""
+        num_experts = routing.probs_GSE.shape[-1]
+        mask_GSE = jnp.sum(jax.nn.one_hot(expert_index_GSK, num_experts, dtype=jnp.int32), axis=2)
+        before_GSE = jnp.cumsum(mask_GSE, axis=1) - mask_GSE
+        index_GSK = jnp.minimum(expert_index_GSK, num_experts - 1)
+        return jnp.take_along_axis(before_GSE, index_GSK, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,10 +20,9 @@ from moe_jax.layers.relative_positions import RelativePositions
 from moe_jax.models.encoder_decoder import EncoderDecoder
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
-from moe_jax.moe.activations import GeGLU, GeGLUTanh, Gelu, GeluTanh, Silu, SwiGLU
+from moe_jax.moe.activations import Activation, GeGLU, GeGLUTanh, Gelu, GeluTanh, Relu, Silu, SwiGLU
 from moe_jax.moe.balance import RouterZ
 from moe_jax.moe.capacity import Capacity
-from moe_jax.moe.experts import Activation, Relu
 from moe_jax.moe.load_balance import HuggingFaceSwitchLoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.logits import Linear
