@@ -17,7 +17,7 @@ from moe_jax.moe.run_experts import buffer
 from moe_jax.moe.run_experts.buffer import buffer_rows, keep_first, rows_that_fit
 from moe_jax.moe.run_experts.parallel import run_parallel
 from moe_jax.moe.run_experts.plan import Plan, plan_experts
-from moe_jax.moe.run_experts.sorting import TokenChoices, sort_by_expert
+from moe_jax.moe.run_experts.sorting import UngroupedChoices, sort_by_expert
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.part import Call, Dims
@@ -100,7 +100,7 @@ def test_kept_rows_close_the_gaps_of_those_that_are_lost():
     #         token 0  1        2        3
     expert_JK = jnp.array([[0, 1], [1, 0], [2, 1], [1, 2]])
     kept_JK = jnp.array([[True, True], [True, False], [True, True], [True, True]])
-    choices = TokenChoices(expert_JK, jnp.ones((4, 2)), kept_JK)
+    choices = UngroupedChoices(expert_JK, jnp.ones((4, 2)), kept_JK)
     order = sort_by_expert(choices, 3)
     assert order.rows_E.tolist() == [1, 4, 2]
     assert order.choice_R.tolist() == [0, 1, 2, 5, 6, 4, 7, 3]  # token * K + k

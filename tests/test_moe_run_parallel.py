@@ -23,8 +23,8 @@ from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.moe.run_experts import gathered_for, parallel, run_experts
 from moe_jax.moe.run_experts.buffer import most_received_rows
 from moe_jax.moe.run_experts.exchange import ByAllToAll, ByConstraint
+from moe_jax.moe.run_experts.fsdp_weights import AllGathered
 from moe_jax.moe.run_experts.gather import run_gather
-from moe_jax.moe.run_experts.gathered import Gathered
 from moe_jax.moe.run_experts.grouped_matmul import says_how_it_varies
 from moe_jax.moe.run_experts.parallel import run_parallel
 from moe_jax.moe.run_experts.plan import Plan, plan_experts
@@ -255,7 +255,7 @@ def test_few_slots_come_to_the_matrices(mesh, model_dim, gathers):
     x_GSM, weights = jnp.zeros((8, 1, model_dim)), {"wi": jnp.zeros((8, model_dim, 8))}
     with jax.set_mesh(make_mesh(mesh, jax.devices()[: mesh.num_devices])):
         found = gathered_for(1, weights, {"wi": ("expert", "model", "hidden")}, x_GSM)
-    assert isinstance(found["wi"], Gathered) == gathers
+    assert isinstance(found["wi"], AllGathered) == gathers
 
 
 COPYING_MESHES = {

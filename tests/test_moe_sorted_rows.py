@@ -25,7 +25,7 @@ from moe_jax.moe.run_experts.expert_loop import (
 )
 from moe_jax.moe.run_experts.gather import combine, fill, fill_gates
 from moe_jax.moe.run_experts.rows import FEW_CHOICES, SortedRows, through_sorted_rows
-from moe_jax.moe.run_experts.sorting import TokenChoices, sort_by_expert
+from moe_jax.moe.run_experts.sorting import UngroupedChoices, sort_by_expert
 from tests import moe_oracle
 from tests.slow import slow_but
 
@@ -67,13 +67,13 @@ def make_values(num_rows, seed=0):
 
 def loop(x, gate, weights, expert, kept):
     """`expert_loop` with one choice per token."""
-    order = sort_by_expert(TokenChoices(expert, gate, kept), EXPERTS)
+    order = sort_by_expert(UngroupedChoices(expert, gate, kept), EXPERTS)
     return expert_loop(EXPERT, weights, None, x, gate, kept, order)
 
 
 def sorted_rows(kernel, x, gate, weights, expert, kept):
     """The same by `SortedRows`."""
-    order = sort_by_expert(TokenChoices(expert, gate, kept), EXPERTS)
+    order = sort_by_expert(UngroupedChoices(expert, gate, kept), EXPERTS)
     layout = SortedRows(None, order.rows_E, len(order.choice_R), kernel)
     y = EXPERT(x[order.choice_R], weights, layout)[order.row_JK[:, 0]]
     return jnp.where(kept, y * gate, 0)
@@ -81,7 +81,7 @@ def sorted_rows(kernel, x, gate, weights, expert, kept):
 
 def each_alone(x, gate, weights, expert, kept):
     """The same by `one_by_one`, which is meant for few rows."""
-    return one_by_one(x, TokenChoices(expert, gate, kept), weights, EXPERT, None)
+    return one_by_one(x, UngroupedChoices(expert, gate, kept), weights, EXPERT, None)
 
 
 WAYS = {"loop": loop} | {
@@ -222,7 +222,7 @@ def test_choices_are_sorted_by_expert_then_token_and_dropped_ones_come_last():
     # Choices 0..5 of three tokens: experts 2 0 | 1 2 | 0 1. Token 1's first choice is dropped.
     expert = jnp.array([[2, 0], [1, 2], [0, 1]])
     kept = jnp.array([[True, True], [False, True], [True, True]])
-    choice, row, sizes = sort_by_expert(TokenChoices(expert, kept.astype(jnp.float32), kept), 3)
+    choice, row, sizes = sort_by_expert(UngroupedChoices(expert, kept.astype(jnp.float32), kept), 3)
     assert choice.tolist() == [1, 4, 5, 0, 3, 2]
     assert row.tolist() == [[3, 0], [5, 4], [1, 2]]
     assert sizes.tolist() == [2, 1, 2]
@@ -232,7 +232,7 @@ def test_more_choices_than_int32_can_sort_are_refused():
     expert = jax.ShapeDtypeStruct((2**23, 1), jnp.int32)
     kept = jax.ShapeDtypeStruct((2**23, 1), jnp.bool_)
     with pytest.raises(ValueError, match=r"fit in int32: num_experts=512.*run_experts='gather'"):
-        jax.eval_shape(lambda e, k: sort_by_expert(TokenChoices(e, k, k), 512), expert, kept)
+        jax.eval_shape(lambda e, k: sort_by_expert(UngroupedChoices(e, k, k), 512), expert, kept)
 
 
 @functools.partial(jax.jit, static_argnames="blocks")
@@ -277,7 +277,7 @@ def test_fewer_rows_than_were_likely(rows, experts):
 
     def run(likely_rows):
         def output(x, weights):
-            choices = TokenChoices(expert, gate, gate > 0)
+            choices = UngroupedChoices(expert, gate, gate > 0)
             return through_sorted_rows(x, choices, weights, EXPERT, None, "loop", likely_rows)
 
         y, vjp = jax.vjp(output, jnp.asarray(x), weights)
@@ -309,7 +309,7 @@ def test_few_choices_read_weights_where_they_lie(few):
     x, expert, gate = np.ones((1, dim)), np.array([[3, 5]], np.int32), np.ones((1, 2), np.float32)
 
     def layer(x, weights):
-        choices = TokenChoices(expert, gate, gate > 0)
+        choices = UngroupedChoices(expert, gate, gate > 0)
         y = through_sorted_rows(x, choices, weights, EXPERT, None, "loop")
         return x + y, None
 
@@ -323,7 +323,7 @@ def test_few_choices_read_weights_where_they_lie(few):
 def test_rows_after_the_kept_choices_are_empty():
     """Expert 0 has choice 1, expert 1 choices 0 and 3; choice 2 is dropped."""
     kept_JK = jnp.array([[True, True], [False, True]])
-    choices = TokenChoices(jnp.array([[1, 0], [0, 1]]), jnp.ones((2, 2)), kept_JK)
+    choices = UngroupedChoices(jnp.array([[1, 0], [0, 1]]), jnp.ones((2, 2)), kept_JK)
     places = sort_by_expert(choices, 2).places(kept_JK)
     assert places.choice_P.tolist() == [1, 0, 3, 4]
     assert fill(jnp.array([[1.0], [10.0]]), places).tolist() == [[1], [1], [10], [0]]

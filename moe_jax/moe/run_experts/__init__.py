@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.routing import Mixing
-from moe_jax.moe.run_experts.gathered import Gathered
+from moe_jax.moe.run_experts.fsdp_weights import AllGathered
 from moe_jax.moe.run_experts.parallel import SLOT_WAYS, Combined, run_parallel
 from moe_jax.moe.run_experts.plan import Plan
 from moe_jax.moe.run_experts.rows import run_sorted_rows
@@ -107,7 +107,7 @@ def gathered_for(
     groups, _, model_dim = x_GSM.shape
     if groups * num_parts // num_shards("expert_group", mesh) * slots < model_dim:
         return weights
-    return {name: Gathered(weight, axes[name]) for name, weight in weights.items()}
+    return {name: AllGathered(weight, axes[name]) for name, weight in weights.items()}
 
 
 def gated_input(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.run_experts.sorting import Order, TokenChoices
+from moe_jax.moe.run_experts.sorting import Order, UngroupedChoices
 
 TILE = 128  # rows; a bounded buffer consists of whole tiles of the grouped matmul
 
@@ -101,8 +101,8 @@ def rows_that_fit(rows_QE: jax.Array, num_own: int, room: int) -> jax.Array:
 
 
 def keep_first(
-    choices: TokenChoices, order: Order, fitting_E: jax.Array
-) -> tuple[TokenChoices, Order]:
+    choices: UngroupedChoices, order: Order, fitting_E: jax.Array
+) -> tuple[UngroupedChoices, Order]:
     """Keeps the first rows of every expert, and packs them without gaps.
 
     Args:
@@ -124,7 +124,7 @@ def keep_first(
     expert_R = jnp.minimum(expert_R, len(rows_E) - 1)
     moved_R = jnp.minimum(rows - packed_E[expert_R] + starts_E[expert_R], len(choice_R) - 1)
     order = Order(choice_R[moved_R], row_JK, fitting_E)
-    return TokenChoices(expert_JK, gate_JK, kept_JK), order
+    return UngroupedChoices(expert_JK, gate_JK, kept_JK), order
 
 
 def starts(sizes: jax.Array, axis: int = 0) -> jax.Array:

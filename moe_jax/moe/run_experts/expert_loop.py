@@ -16,7 +16,7 @@ from jax import lax
 
 from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.run_experts.gather import sum_choices, take_or_zero
-from moe_jax.moe.run_experts.sorting import Order, TokenChoices
+from moe_jax.moe.run_experts.sorting import Order, UngroupedChoices
 from moe_jax.parameters import learning
 
 # Most rows of the smallest block; otherwise an eighth of the mean group. Half of one is padding.
@@ -268,7 +268,7 @@ def at_most_once(condition: jax.Array, change: Callable[[Any], Any], carry: Any)
 
 def one_by_one(
     x_JM: jax.Array,
-    choices: TokenChoices,
+    choices: UngroupedChoices,
     weights: Weights,
     experts: Experts,
     rng: jax.Array | None,

@@ -22,13 +22,13 @@ from moe_jax.moe.run_experts.buffer import (
     starts,
 )
 from moe_jax.moe.run_experts.exchange import ByAllToAll
+from moe_jax.moe.run_experts.fsdp_weights import in_compute_dtype
 from moe_jax.moe.run_experts.gather import combine, fill, fill_gates, run_gather
-from moe_jax.moe.run_experts.gathered import in_compute_dtype
 from moe_jax.moe.run_experts.grouped_matmul import says_how_it_varies
 from moe_jax.moe.run_experts.plan import Plan
 from moe_jax.moe.run_experts.rows import num_experts_of, run_sorted_rows, through_sorted_rows
 from moe_jax.moe.run_experts.slots import run_einsum
-from moe_jax.moe.run_experts.sorting import TokenChoices, choices_of, sort_by_expert
+from moe_jax.moe.run_experts.sorting import UngroupedChoices, sort_by_expert, without_groups
 from moe_jax.parallel.collectives import ragged_all_to_all, vary
 from moe_jax.parallel.rules import mesh_axes, mesh_in_use, num_shards, partition_spec
 from moe_jax.parameters import Axes, weight_axes
@@ -197,13 +197,13 @@ def exchange_rows(
     """Runs the tokens of one device, in chunks, by `through_ragged_exchange`."""
     groups, tokens, model_dim = x_GSM.shape
     num_chunks = min(plan.num_chunks, groups * tokens)  # generation of one text has few
-    rows = (x_GSM.reshape(-1, model_dim), *choices_of(assignment))
+    rows = (x_GSM.reshape(-1, model_dim), *without_groups(assignment))
     outputs = []
     chunks = zip(*(jnp.array_split(value, num_chunks) for value in rows), strict=True)
     for i, (x_JM, *choices) in enumerate(chunks):
         key = rng if rng is None or i == 0 else jax.random.fold_in(rng, i)
         one = through_ragged_exchange(
-            x_JM, TokenChoices(*choices), weights, experts, key, axes, plan,
+            x_JM, UngroupedChoices(*choices), weights, experts, key, axes, plan,
             slots=groups * assignment.capacity,
         )  # fmt: skip
         outputs.append(one)
@@ -228,7 +228,7 @@ def check_even(what: str, count: int, shards: int) -> None:
 
 def through_ragged_exchange(
     x_JM: jax.Array,
-    choices: TokenChoices,
+    choices: UngroupedChoices,
     weights: Weights,
     experts: Experts,
     rng: jax.Array | None,
@@ -290,7 +290,7 @@ def through_ragged_exchange(
     own_QE = jax.lax.dynamic_slice_in_dim(rows_QE, me * num_own, num_own, axis=1)
     expert_W, is_filled_W = expert_of_rows(own_QE, max_rows)
     filled_W1 = is_filled_W[:, None]
-    received = TokenChoices(expert_W[:, None], jnp.where(filled_W1, gate_W1, 0), filled_W1)
+    received = UngroupedChoices(expert_W[:, None], jnp.where(filled_W1, gate_W1, 0), filled_W1)
     y_WM = through_sorted_rows(
         x_WM, received, weights, experts, rng, plan.kernel, likely_rows=order.row_JK.size
     )

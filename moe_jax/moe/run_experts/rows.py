@@ -12,7 +12,7 @@ from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.run_experts.expert_loop import expert_loop, one_by_one
 from moe_jax.moe.run_experts.gather import combine, fill, fill_gates
 from moe_jax.moe.run_experts.grouped_matmul import grouped_matmul
-from moe_jax.moe.run_experts.sorting import TokenChoices, choices_of, sort_by_expert
+from moe_jax.moe.run_experts.sorting import UngroupedChoices, sort_by_expert, without_groups
 
 # A CPU computes up to this many choices one by one, not in a loop over experts: when it decodes one
 # text, or a few. Inside a scan over layers, XLA copies the operands of a loop: the matrices of all
@@ -72,13 +72,13 @@ def run_sorted_rows(
     and weights (`grouped_matmul`); "loop" runs experts block by block (`expert_loop`).
     """
     x_JM = x_GSM.reshape(-1, x_GSM.shape[-1])
-    y_JM = through_sorted_rows(x_JM, choices_of(assignment), weights, experts, rng, kernel)
+    y_JM = through_sorted_rows(x_JM, without_groups(assignment), weights, experts, rng, kernel)
     return y_JM.reshape(x_GSM.shape)
 
 
 def through_sorted_rows(
     x_JM: jax.Array,
-    choices: TokenChoices,
+    choices: UngroupedChoices,
     weights: Weights,
     experts: Experts,
     rng: jax.Array | None,

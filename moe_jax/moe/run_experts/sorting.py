@@ -9,7 +9,7 @@ from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.run_experts.gather import Places
 
 
-class TokenChoices(NamedTuple):
+class UngroupedChoices(NamedTuple):
     """The choices of the tokens of all groups.
 
     Attributes:
@@ -43,13 +43,13 @@ class Order(NamedTuple):
         return Places(choice_R, self.row_JK, kept_JK)
 
 
-def choices_of(assignment: Assignment) -> TokenChoices:
-    """The choices of an assignment, without groups."""
+def without_groups(assignment: Assignment) -> UngroupedChoices:
+    """The choices of an assignment, with the tokens of all groups in one dim."""
     values = (assignment.expert_index_GSK, assignment.gate_GSK, assignment.kept_GSK)
-    return TokenChoices(*(value.reshape(-1, value.shape[-1]) for value in values))
+    return UngroupedChoices(*(value.reshape(-1, value.shape[-1]) for value in values))
 
 
-def sort_by_expert(choices: TokenChoices, num_experts: int) -> Order:
+def sort_by_expert(choices: UngroupedChoices, num_experts: int) -> Order:
     """The order of the kept choices.
 
     Raises:

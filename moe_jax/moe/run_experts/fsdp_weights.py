@@ -13,7 +13,7 @@ from moe_jax.parameters import Axes, Layout, Weight, dense, grouped, weight_axes
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Gathered(Weight):
+class AllGathered(Weight):
     """A weight split over fsdp, but whole on every device that multiplies by it.
 
     Otherwise a compiler may leave the shards in place and move sums of rows around instead. In
