@@ -144,16 +144,16 @@ def test_experts_that_fill_their_slots_compute_all_of_them(name, factor, experts
 
 
 def test_zero_and_copy_experts_have_their_part_of_the_choices():
-    """8 experts, and 2 + 6 that compute nothing but have router columns and half the choices."""
-    free = {"num_zero_experts": 2, "num_copy_experts": 6}
-    config, plain = replace_moe(MIXTRAL, **free), count_flops(MIXTRAL, 16)
+    """8 experts, and 2 + 6 zero-computation ones with router columns and half the choices."""
+    zero_computation = {"num_zero_experts": 2, "num_copy_experts": 6}
+    config, plain = replace_moe(MIXTRAL, **zero_computation), count_flops(MIXTRAL, 16)
     count, parameters = count_flops(config, 16), count_parameters(config, 16)
     assert (count.experts, count.router) == (plain.experts / 2, plain.router * 2)
     assert parameters.experts == 8 * parameters.active_experts, "one of eight in the mean"
     assert parameters.router == 3 * 16 * 16
     # 16 tokens * 2 choices / 16 options is two slots for each of 8 experts: one expert per token.
     capacity = Capacity(train_factor=1.0)
-    limited = replace_moe(MIXTRAL, **free, run_experts="gather", capacity=capacity)
+    limited = replace_moe(MIXTRAL, **zero_computation, run_experts="gather", capacity=capacity)
     assert count_flops(limited, 16).padding == 0
     assert slots_of_an_expert(limited, 16) == 2
 

@@ -79,10 +79,10 @@ def tiny(**moe):
     return serving_costs(dataclasses.replace(TINY, parts=TINY.part | {"moe": changed}), 16)
 
 
-@pytest.mark.parametrize("free", ["num_zero_experts", "num_copy_experts"])
-def test_choices_of_experts_that_compute_nothing_read_no_expert(free):
-    """Two choices fall on 4 experts and 4 free options: one expert is read, and one is computed."""
-    costs = tiny(**{free: 4})
+@pytest.mark.parametrize("option", ["num_zero_experts", "num_copy_experts"])
+def test_choices_of_zero_computation_experts_read_no_expert(option):
+    """Two choices fall on 4 experts and 4 of these: one expert is read, and one is computed."""
+    costs = tiny(**{option: 4})
     read = costs.read("bfloat16", 1) - costs.cache - 2 * (costs.rest - costs.unread)
     assert read == 2 * 1 * 192
     # The router has 4 columns more, and half of the choices compute.

@@ -96,7 +96,7 @@ class Run:
 
     @property
     def num_experts(self) -> dict[str, int]:
-        """How many experts each of these layers has, including those that compute nothing."""
+        """How many experts each of these layers has, including zero-computation experts."""
         return {name: len(self.last(f"{place}/expert_load")) for name, place in self.layers.items()}
 
     def curve(self, name: str) -> figures.Curve:

@@ -16,7 +16,7 @@ class BlockWeights(NamedTuple):
     """The weights of one MoE block.
 
     Attributes:
-      num_experts: E, including experts that compute nothing, which come last and have no matrices.
+      num_experts: E, including zero-computation experts, which come last and have no matrices.
       experts: weights of the experts that compute, by name, each with a leading dim of experts.
       router_IE: a column for each expert; None for a router without such weights.
     """

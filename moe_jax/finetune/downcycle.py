@@ -165,8 +165,10 @@ class Pruned(Origin):
         self.num_experts = moe.num_experts
         self.block = dataclasses.replace(moe, num_experts=count)
         self.spec_of = specs_by_path(self.block, dims)
-        free = tuple(range(moe.num_experts, moe.num_options))
-        self.kept = {layer: np.array((*one, *free), np.int32) for layer, one in kept.items()}
+        zero_computation = tuple(range(moe.num_experts, moe.num_options))
+        self.kept = {
+            layer: np.array((*one, *zero_computation), np.int32) for layer, one in kept.items()
+        }
         self.per_layer = self.kept
 
     def needs(self, path: Path) -> tuple[Path, ...]:

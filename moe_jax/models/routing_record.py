@@ -24,7 +24,7 @@ class PartRecord(NamedTuple):
 
     Attributes:
       layers: indices of its X layers in the model.
-      num_experts: E, including experts that compute nothing, which come last.
+      num_experts: E, including zero-computation experts, which come last.
       choices: NumPy arrays [X, B, L, K], before drops; ignore those of padding.
     """
 
@@ -285,7 +285,7 @@ def check_model(record: RoutingRecord, model: LanguageModel) -> None:
             (part.num_experts, part.layers) == (num_experts, layers[name]),
             "a record needs a model with the same experts in the same layers",
             f"the record of {name!r} is of {part.num_experts} experts in the layers {part.layers}, "
-            f"the model has {num_experts} (those that compute nothing included) in {layers[name]}",
+            f"the model has {num_experts} (zero-computation experts included) in {layers[name]}",
             "Record anew with this model",
         )
 

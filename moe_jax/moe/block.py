@@ -9,7 +9,7 @@ from moe_jax.moe.capacity import assign_slots
 from moe_jax.moe.choices import replay_in_groups
 from moe_jax.moe.experts import FeedForward
 from moe_jax.moe.routing import RouterInputs, Routing
-from moe_jax.moe.routing.zero_computation import add_free_choices, computing_choices
+from moe_jax.moe.routing.zero_computation import add_zero_computation, computing_choices
 from moe_jax.moe.run_experts import mix_experts, run_experts
 from moe_jax.moe.run_experts.parallel import Combined
 from moe_jax.moe.run_experts.plan import Plan, plan_experts
@@ -109,7 +109,7 @@ def routed_experts(
 ) -> Combined:
     """What a token's experts add to it: their outputs times its gates, summed over its choices.
 
-    Choices that compute nothing take no slot, and are added after the experts have run.
+    Choices of zero-computation experts take no slot, and are added after the experts have run.
     """
     options, valid_GS1 = inputs.options, inputs.valid_GS[..., None]
     weights = of_experts(params, moe.num_experts)
@@ -123,7 +123,7 @@ def routed_experts(
     y_GSM, kept_GSK, buffer = run_experts(
         x_GSM, assignment, weights, axes, moe.experts, plan, experts_key
     )
-    y_GSM, kept_GSK = add_free_choices(
+    y_GSM, kept_GSK = add_zero_computation(
         x_GSM, y_GSM, routing, kept_GSK, valid_GS1, options,
         first_copy=moe.num_experts + moe.num_zero_experts,
     )  # fmt: skip

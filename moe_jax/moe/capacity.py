@@ -87,7 +87,7 @@ class Capacity(Settings):
 
         Args:
           tokens: S, tokens of the group.
-          num_options: E, including experts that compute nothing.
+          num_options: E, including zero-computation experts.
           num_selected: K.
           factor: capacity factor; 0 means dropless, which S slots guarantee.
 

@@ -112,7 +112,7 @@ class MoE(Part):
             "Add a shared expert or drop the gate",
         )
         require(
-            self.num_options == self.num_experts or self.router.takes_free_experts,
+            self.num_options == self.num_experts or self.router.takes_zero_computation_experts,
             "zero and copy experts need a router in which tokens choose",
             f"num_zero_experts={self.num_zero_experts}, num_copy_experts={self.num_copy_experts}, "
             f"router={self.router}",
@@ -147,7 +147,7 @@ class MoE(Part):
 
     @property
     def num_options(self) -> int:
-        """The number of options of the router: E experts, and those that compute nothing."""
+        """The number of options of the router: E experts, and zero-computation experts."""
         return self.num_experts + self.num_zero_experts + self.num_copy_experts
 
     def num_selected(self, training: bool) -> int:

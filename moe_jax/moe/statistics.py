@@ -1,6 +1,6 @@
 """What a block reports about its routing: sums over tokens, and metrics computed from them.
 
-Legend: `moe_jax.moe`. Here E includes experts that compute nothing, which come last.
+Legend: `moe_jax.moe`. Here E includes zero-computation experts, which come last.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -24,7 +24,7 @@ class Choices(NamedTuple):
     """The experts that tokens chose, recorded or to be replayed.
 
     Leading dims are those of the tokens: [G, S] in a router, [B, L] around a block, [X, B, L] for
-    the layers of a model. E counts all options: experts that compute nothing come last.
+    the layers of a model. E counts all options: zero-computation experts come last.
 
     Attributes:
       expert_index: int32 in [0, E), the choices of a token, best first; those that count are
@@ -54,7 +54,7 @@ class Mixing(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What a router decided. E counts all options: experts that compute nothing come last.
+    """What a router decided. E counts all options: zero-computation experts come last.
 
     Attributes:
       logits_GSE: router logits, including noise; for Soft MoE the logits of slots, [G, S, P].
@@ -96,7 +96,7 @@ class Options(NamedTuple):
 
     Attributes:
       num_experts: E, experts that compute.
-      num_options: these, followed by the experts that compute nothing.
+      num_options: these, followed by the zero-computation experts.
       num_selected: K, the most choices of a token.
       slots: C, slots of an expert in a group.
       dropless: whether every choice is kept; C is then at least S.
@@ -147,7 +147,7 @@ class Router(Settings):
       replays: whether `route` uses `inputs.replay` instead of its own choices.
       learns: whether a gradient reaches its parameters through `probs_GSE`.
       takes_bias: whether it adds `inputs.bias_E` to the scores that select experts.
-      takes_free_experts: whether its options can include experts that compute nothing.
+      takes_zero_computation_experts: whether its options can include zero-computation experts.
       mixes: whether it fills slots with mixtures of tokens, so that no row moves (`Mixing`).
       has_smooth_load: whether it selects the K largest noisy logits at every training step.
       has_independent_scores: whether it selects the best scores of all experts, where each score is
@@ -158,7 +158,7 @@ class Router(Settings):
     replays: ClassVar[bool] = False
     learns: ClassVar[bool] = False
     takes_bias: ClassVar[bool] = False
-    takes_free_experts: ClassVar[bool] = False
+    takes_zero_computation_experts: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
 
     scaling_factor: float = setting(1.0, above=0)  # multiplies gates last (DeepSeek-V3: 2.5)

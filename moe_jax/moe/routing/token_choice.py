@@ -27,7 +27,7 @@ class TokenChoice(LogitRouter):
     """
 
     takes_bias: ClassVar[bool] = True
-    takes_free_experts: ClassVar[bool] = True
+    takes_zero_computation_experts: ClassVar[bool] = True
 
     score: Score = Softmax()  # "softmax", "softmax_over_selected", "sigmoid"
     renormalize: bool = False  # divide the K selected gates by their sum

@@ -1,4 +1,4 @@
-"""Experts that compute nothing, as extra options of a token (legend: `moe_jax.moe`).
+"""Zero-computation experts, as extra options of a token (legend: `moe_jax.moe`).
 
 The E experts that compute are followed by zero experts, which add nothing to the token, and copy
 experts, which add the token itself. They take no slots, are never full, and exist on every device.
@@ -30,7 +30,7 @@ def computing_choices(routing: Routing, options: Options) -> Routing:
     )
 
 
-def add_free_choices(
+def add_zero_computation(
     x_GSM: jax.Array,
     y_GSM: jax.Array,
     routing: Routing,
@@ -39,7 +39,7 @@ def add_free_choices(
     options: Options,
     first_copy: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Adds the choices that compute nothing, and so are never dropped.
+    """Adds the choices of zero-computation experts, which are never dropped.
 
     Args:
       x_GSM: tokens.
@@ -52,12 +52,12 @@ def add_free_choices(
 
     Returns:
       `y_GSM` plus each token times its gates for copy experts, and `kept_GSK` including the choices
-      of zero and copy experts.
+      of zero-computation experts.
     """
     if options.num_experts == options.num_options:
         return y_GSM, kept_GSK
     index_GSK = routing.expert_index_GSK
-    is_free_GSK = (index_GSK >= options.num_experts) & valid_GS1 & routing.chosen_GSK
-    gate_GSK = jnp.where(is_free_GSK & (index_GSK >= first_copy), routing.gate_GSK, 0)
+    is_zero_computation_GSK = (index_GSK >= options.num_experts) & valid_GS1 & routing.chosen_GSK
+    gate_GSK = jnp.where(is_zero_computation_GSK & (index_GSK >= first_copy), routing.gate_GSK, 0)
     share_GS1 = jnp.sum(gate_GSK, axis=-1, keepdims=True)
-    return y_GSM + share_GS1.astype(x_GSM.dtype) * x_GSM, kept_GSK | is_free_GSK
+    return y_GSM + share_GS1.astype(x_GSM.dtype) * x_GSM, kept_GSK | is_zero_computation_GSK
