@@ -6,7 +6,7 @@ import pytest
 
 from moe_jax.analysis.leakage import compare_futures, score_cut
 from moe_jax.data import heldout_batches, open_data, open_tokenizer
-from moe_jax.training.loss import call_of, target_nats
+from moe_jax.training.loss import call_of_batch, target_nats
 from tests.tiny_run import quick_jit, tiny_state, tiny_training
 
 CUT = 6
@@ -44,7 +44,8 @@ def test_the_loss_is_that_of_a_text_that_ends_there(causal):
     batch = batch_of(config)
     said = score_cut(params, None, batch, CUT, model=config.model, capacity=0.0)
     cut = {name: value[:, : CUT + 1] for name, value in batch.items()}
-    output = quick_jit(lambda params: config.model.run(params, call_of(cut, capacity=0.0)))(params)
+    call = call_of_batch(cut, capacity=0.0)
+    output = quick_jit(lambda params: config.model.run(params, call))(params)
     expected_B = target_nats(output.logits_BLV, cut["targets"])[:, -1]
     for nats_B in said.nats_3B:
         np.testing.assert_allclose(nats_B, expected_B, rtol=1e-5)

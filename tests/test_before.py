@@ -18,7 +18,7 @@ from moe_jax.moe.balance import named_losses
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.routing import Choices
 from moe_jax.part import Call, Own, merge_aux
-from moe_jax.training.loss import batch_totals, call_of
+from moe_jax.training.loss import batch_totals, call_of_batch
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import gradient
 from tests.before import translate
@@ -114,7 +114,7 @@ def test_ten_steps_of_a_model_are_those_of_before(name):
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity"))
 def evaluate(params, model_state, batch, model, capacity):
-    call = call_of(batch, capacity=capacity)
+    call = call_of_batch(batch, capacity=capacity)
     return model.run(params, call, state=model_state).logits_BLV
 
 

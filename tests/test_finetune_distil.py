@@ -29,7 +29,7 @@ from moe_jax.planning.workload import resolve
 from moe_jax.training.files import METRICS_FILE
 from moe_jax.training.imported import save_state
 from moe_jax.training.loop import train
-from moe_jax.training.loss import CrossEntropy, Scored, batch_totals, call_of
+from moe_jax.training.loss import CrossEntropy, Scored, batch_totals, call_of_batch
 from moe_jax.training.memory import needed_bytes
 from moe_jax.training.metrics import read_metrics
 from moe_jax.training.placement import BATCH_AXES, compile_train_step, state_shardings
@@ -125,13 +125,13 @@ def test_hard_and_soft_targets_are_mixed_over_microbatches(teacher):
     of_teacher = tiny_config(tiny_moe(bias="sign"))
     params = tiny_state(of_teacher, seed=1).params
     # The teacher is dropless, though its training has slots for half of the choices.
-    dropless = call_of(batch, capacity=0.0)
+    dropless = call_of_batch(batch, capacity=0.0)
     teacher_BLV = logits_of(of_teacher.model, params, dropless, STATE)
     unbiased_BLV = logits_of(
         of_teacher.model, params, dropless, jax.tree.map(jnp.zeros_like, STATE)
     )
     assert np.abs(teacher_BLV - unbiased_BLV).max() > 0.1, "the biases move choices"
-    student_BLV = logits_of(config.model, state.params, call_of(batch))
+    student_BLV = logits_of(config.model, state.params, call_of_batch(batch))
     p, q = (np.asarray(jax.nn.softmax(x / 2), np.float64) for x in (teacher_BLV, student_BLV))
     soft_BL = 4 * np.sum(p * np.log(p / q), axis=-1)
     soft = float(np.sum(soft_BL * batch["loss_weights"]) / totals.loss_weight)
@@ -173,7 +173,7 @@ def test_an_annealed_teacher_has_the_temperature_of_its_step(tmp_path):
     arrays = loss.arrays(student(folder), one_device(config))
 
     def soft_loss(model, step):
-        output = model.run(params, call_of(batch, capacity=0.0, step=step))
+        output = model.run(params, call_of_batch(batch, capacity=0.0, step=step))
         scored = Scored(output.logits_BLV, None, jnp.zeros(()))
         share = functools.partial(loss.share, scored, batch, batch_totals(batch))
         return float(share(arrays)[1]["soft_loss"])

@@ -14,7 +14,7 @@ from moe_jax.inference.scoring import score_continuations
 from moe_jax.part import Call
 from moe_jax.planning.workload import resolve
 from moe_jax.training.loop import train
-from moe_jax.training.loss import call_of
+from moe_jax.training.loss import call_of_batch
 from tests.tiny_run import quick_jit, tiny_config, tiny_state
 
 PROMPTS = [[1, 7, 9, 30, 8], [1, 4]]
@@ -60,8 +60,8 @@ def answers(config, params):
 def test_a_batch_says_which_tokens_are_seen_from_both_sides():
     ones = jnp.ones((1, 4), jnp.int32)
     batch = {"inputs": ones, "positions": ones, "segment_ids": ones}
-    assert call_of(batch).in_prefix_BL is None
-    marked = call_of({**batch, "in_prefix": jnp.array([[1, 1, 0, 0]])})
+    assert call_of_batch(batch).in_prefix_BL is None
+    marked = call_of_batch({**batch, "in_prefix": jnp.array([[1, 1, 0, 0]])})
     assert marked.in_prefix_BL.tolist() == [[True, True, False, False]]
 
 

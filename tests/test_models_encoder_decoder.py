@@ -39,7 +39,7 @@ from moe_jax.moe.routing.fixed import Hash
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.part import Call, Dims, EncoderInputs, Own, merge_aux
-from moe_jax.training.loss import batch_totals, call_of, replayed_choices
+from moe_jax.training.loss import batch_totals, call_of_batch, replayed_choices
 from moe_jax.training.state import init_state
 from moe_jax.training.step import (
     depends_on_microbatches,
@@ -117,7 +117,7 @@ BATCH = batch_of([PAIRS[1], PAIRS[0]], [PAIRS[2]], [(text(0), text(0))], [PAIRS[
 
 @functools.partial(quick_jit, static_argnames=("model", "capacity"))
 def logits_of(params, batch, model=MODEL, capacity=0.0):
-    return model.run(params, call_of(batch, capacity=capacity), state=STATE).logits_BLV
+    return model.run(params, call_of_batch(batch, capacity=capacity), state=STATE).logits_BLV
 
 
 def test_cross_attention_is_softmax_over_the_memory_of_the_same_segment():
@@ -240,7 +240,7 @@ def test_eight_devices_give_the_gradient_of_one(whole):
 def test_balance_losses_are_per_token_of_their_own_stack():
     totals = batch_totals(BATCH)
     assert (totals.tokens, totals.encoder_tokens) == (2 + 4 + 3 + 4, 3 + 4 + 5 + 4)
-    output = quick_jit(MODEL.run)(PARAMS, call_of(BATCH), state=STATE)
+    output = quick_jit(MODEL.run)(PARAMS, call_of_batch(BATCH), state=STATE)
     sums = {name: aux.sums for name, aux in output.aux.items()}
     assert sums["moe"]["num_tokens"].tolist() == [13, 13]
     assert sums["encoder_moe"]["num_tokens"].tolist() == [16, 16]
@@ -302,7 +302,7 @@ def test_an_own_embedding_of_the_encoder_is_read_by_it_alone():
 
 @pytest.mark.slow
 def test_a_memory_that_is_given_replaces_the_encoder():
-    call, _ = MODEL.encode(PARAMS, call_of(BATCH, capacity=0.0), state=STATE)
+    call, _ = MODEL.encode(PARAMS, call_of_batch(BATCH, capacity=0.0), state=STATE)
     given = dataclasses.replace(call, encoder=None)
     output = MODEL.run(PARAMS, given, state=STATE)
     np.testing.assert_allclose(output.logits_BLV, logits_of(PARAMS, BATCH), atol=FLOAT32)
@@ -337,7 +337,7 @@ def test_the_encoder_knows_nothing_of_the_decoders_cache():
 @pytest.mark.slow
 def test_the_linen_shell_runs_it():
     shell = LinenModel(MODEL)
-    call = call_of(BATCH, capacity=0.0)
+    call = call_of_batch(BATCH, capacity=0.0)
     assert jax.tree.map(
         jnp.shape, jax.eval_shape(shell.init, jax.random.key(0), call)["params"]
     ) == (jax.tree.map(lambda spec: spec.shape, MODEL.specs()))
@@ -406,11 +406,11 @@ def test_what_lacks_an_encoder_is_refused():
     with pytest.raises(
         ValueError, match=r"needs a text for its encoder: the call has encoder=None"
     ):
-        MODEL.run(PARAMS, call_of(batch), state=STATE)
+        MODEL.run(PARAMS, call_of_batch(batch), state=STATE)
 
 
 def test_a_record_has_the_choices_of_both_sides_and_replays_them(tmp_path):
-    call = call_of(BATCH)
+    call = call_of_batch(BATCH)
     sides = {"positions_BL": call.positions_BL, "segments_BL": call.segments_BL}
     record = record_routing(MODEL, PARAMS, call.tokens_BL, STATE, encoder=call.encoder, **sides)
     assert set(record.parts) == {"moe"} and set(record.encoder.parts) == {"encoder_moe"}
@@ -424,7 +424,7 @@ def test_a_record_has_the_choices_of_both_sides_and_replays_them(tmp_path):
     other = values_of(MODEL.specs(), seed=1)
     fields = {name: jnp.asarray(a) for name, a in record.batch_fields(MODEL).items()}
     batch = BATCH | fields
-    call = call_of(batch, capacity=0.0, record=True)
+    call = call_of_batch(batch, capacity=0.0, record=True)
     replayed = quick_jit(MODEL.run)(other, call, state=STATE, replay=replayed_choices(batch))
     for name, part in record.all_parts.items():
         index = replayed.aux[name].choices.expert_index

@@ -14,7 +14,7 @@ from moe_jax.parallel.batches import from_whole
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.planning.flops import count_flops
 from moe_jax.planning.parameters import count_parameters
-from moe_jax.training.loss import batch_totals, call_of, partial_loss
+from moe_jax.training.loss import batch_totals, call_of_batch, partial_loss
 from moe_jax.training.placement import BATCH_AXES, compile_train_step, state_shardings
 from moe_jax.training.rows import metrics_row
 from moe_jax.training.step import StepMetrics, gradient, make_train_step
@@ -154,7 +154,7 @@ def test_the_loss_is_the_mean_over_modules_and_the_cross_entropy_is_reported_alo
     segments, weights = np.asarray(batch["segment_ids"]), np.asarray(batch["loss_weights"])
     targets, nats, balance = np.asarray(batch["targets"]), [], []
     balance_loss, of_modules = config.model.part["moe"].loss, parts.aux["multi_token_moe"]
-    for k, logits in enumerate(later(config, state, call_of(batch)), 1):
+    for k, logits in enumerate(later(config, state, call_of_batch(batch)), 1):
         log_probs = np.asarray(jax.nn.log_softmax(logits))
         total = count = tokens = 0.0
         for b, j in np.ndindex(*segments.shape):
@@ -346,7 +346,7 @@ def test_how_the_layers_run_changes_nothing(change):
 
 def test_without_being_asked_nothing_runs_and_nothing_changes():
     config, state = make()
-    call = call_of(tiny_batch())
+    call = call_of_batch(tiny_batch())
     output = config.model.run(state.params, call, state=state.model_state)
     assert set(output.aux) == {"moe"} and output.later_BLV == ()
     bare = dataclasses.replace(config.model, multi_token=None)

@@ -26,7 +26,7 @@ from moe_jax.moe.routing.noise import Gaussian
 from moe_jax.moe.routing.selection import RandomChoices, Sampled, Threshold
 from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.part import Call, Dims, Own
-from moe_jax.training.loss import batch_totals, call_of
+from moe_jax.training.loss import batch_totals, call_of_batch
 from moe_jax.training.step import gradient
 from tests.slow import slow_but
 from tests.tiny_run import DENSE, MLP, cut, quick_jit, tiny_batch, tiny_config, tiny_state
@@ -207,7 +207,7 @@ def test_training_by_a_models_own_record_changes_nothing():
 
 @functools.partial(quick_jit, static_argnames="model")
 def run_model(params, batch, model, replay=None):
-    return model.run(params, call_of(batch, capacity=0.0, record=True), replay=replay)
+    return model.run(params, call_of_batch(batch, capacity=0.0, record=True), replay=replay)
 
 
 def test_scanned_layers_record_and_replay_each_its_own():
@@ -271,7 +271,7 @@ def test_a_record_of_another_model_is_refused():
     record = record_routing(config.model, state.params, batch["inputs"])
     fewer = jax.tree.map(lambda a: a[:1], record.replay(config.model))
     with pytest.raises(ValueError, match="2 layers of 'moe'"):
-        config.model.run(state.params, call_of(batch), replay=fewer)
+        config.model.run(state.params, call_of_batch(batch), replay=fewer)
     other_place = {"unit": [DENSE_LAYER, SPARSE], "repeats": 1, "last": [DENSE_LAYER]}
     for settings, numbers in (
         (

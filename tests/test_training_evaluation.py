@@ -10,7 +10,7 @@ from moe_jax.data import heldout_batches, open_data
 from moe_jax.moe.run_experts import buffer
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.evaluation import DomainSums, SequenceSums, evaluate
-from moe_jax.training.loss import call_of
+from moe_jax.training.loss import call_of_batch
 from moe_jax.training.placement import state_shardings
 from tests.tiny_run import DENSE, quick_jit, tiny_moe, tiny_state, tiny_training
 
@@ -43,7 +43,7 @@ def test_losses_are_those_of_numpy(said, kind, factor):
     token_bytes_V = data.tokenizer.token_bytes_V
     for batch in heldout_batches(data, batch_size=4, max_batches=NUM_BATCHES):
         domain_B = batch.pop("domain")
-        output = run(state.params, call_of(batch, capacity=factor), state=BIAS)
+        output = run(state.params, call_of_batch(batch, capacity=factor), state=BIAS)
         logits = np.asarray(output.logits_BLV, np.float64)
         log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         for row, domain in enumerate(domain_B):

@@ -18,7 +18,7 @@ from moe_jax.training.loss import (
     CrossEntropyZ,
     Scored,
     batch_totals,
-    call_of,
+    call_of_batch,
     partial_loss,
     replayed_choices,
     target_nats,
@@ -48,7 +48,7 @@ def loss_of(params, batch, model, state=None):
 
 def forward(params, batch, model):
     """The same forward pass by the model; without noise, training is deterministic."""
-    return model.run(params, call_of(batch, capacity=model.part["moe"].capacity.train_factor))
+    return model.run(params, call_of_batch(batch, capacity=model.part["moe"].capacity.train_factor))
 
 
 def router_of(params):

@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.part import merge_aux
 from moe_jax.training import step
-from moe_jax.training.loss import batch_totals, call_of
+from moe_jax.training.loss import batch_totals, call_of_batch
 from moe_jax.training.step import gradient, make_train_step
 from tests.slow import slow_but
 from tests.tiny_run import DENSE, cut, quick_jit, tiny_batch, tiny_config, tiny_state
@@ -174,7 +174,7 @@ def test_the_router_bias_is_updated_once_a_step_from_the_counts_of_the_whole_bat
     batch = tiny_batch()
     new, says = step_once(config, state, batch)
 
-    call = call_of(batch, capacity=config.model.part["moe"].capacity.train_factor)
+    call = call_of_batch(batch, capacity=config.model.part["moe"].capacity.train_factor)
     aux = quick_jit(
         lambda params: config.model.run(params, call, state=state.model_state).aux["moe"]
     )(state.params)

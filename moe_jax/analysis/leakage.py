@@ -12,7 +12,7 @@ from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
 from moe_jax.data import heldout_batches, open_data
 from moe_jax.models.model import LanguageModel
-from moe_jax.training.loss import Batch, call_of, target_nats
+from moe_jax.training.loss import Batch, call_of_batch, target_nats
 
 BATCH = 16  # sequences whose three sets of logits are kept at a time
 
@@ -139,7 +139,7 @@ def score_cut(
 
     def logits(tokens_BL: jax.Array, segments_BL: jax.Array) -> jax.Array:
         changed = {**batch, "inputs": tokens_BL, "segment_ids": segments_BL}
-        call = call_of(changed, capacity=capacity, step=step)
+        call = call_of_batch(changed, capacity=capacity, step=step)
         return model.run(params, call, state=state).logits_BLV
 
     own_BLV = logits(inputs_BL, segments_BL)

@@ -23,7 +23,7 @@ from moe_jax.models.routing_record import (
 )
 from moe_jax.moe.routing import Choices
 from moe_jax.part import Aux, Call
-from moe_jax.training.loss import call_of
+from moe_jax.training.loss import call_of_batch
 from moe_jax.training.state import TrainState
 
 
@@ -111,7 +111,7 @@ def route_batches(
     parts: list[Routed] = []
     missing = max_tokens
     for index, batch in enumerate(batches):
-        call = call_of({name: jnp.asarray(value) for name, value in batch.items()})
+        call = call_of_batch({name: jnp.asarray(value) for name, value in batch.items()})
         call = dataclasses.replace(call, step=state.step, capacity=0.0, record=True)
         of_model = (state.params, state.model_state, call)
         if input_noise:

@@ -22,7 +22,7 @@ from moe_jax.moe.part import MoE
 from moe_jax.part import Part
 from moe_jax.training.arrays import by_name, name_of
 from moe_jax.training.init_from import Source, open_source, read_taken
-from moe_jax.training.loss import Batch, CrossEntropy, Scored, Totals, TrainingLoss, call_of
+from moe_jax.training.loss import Batch, CrossEntropy, Scored, Totals, TrainingLoss, call_of_batch
 from moe_jax.training.placement import check_run, state_shardings
 from moe_jax.training.state import abstract_state
 from moe_jax.training.workdir import Record, recorded_run
@@ -171,7 +171,7 @@ class Distil(TrainingLoss):
         """See `TrainingLoss`; the metric is `soft_loss`, nats per target."""
         params, state, step = arrays
         model = self.model(trust=True)  # `of_teacher` has refused kinds that the run does not name
-        output = model.run(params, call_of(microbatch, capacity=0.0, step=step), state=state)
+        output = model.run(params, call_of_batch(microbatch, capacity=0.0, step=step), state=state)
         soft_BL = soft_nats(scored.logits_BLV, output.logits_BLV, self.temperature)
         soft = jnp.sum(soft_BL * microbatch["loss_weights"]) / totals.loss_weight
         if not self.weight:

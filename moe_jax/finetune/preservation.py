@@ -16,7 +16,7 @@ from moe_jax.config.check import require
 from moe_jax.data import heldout_batches
 from moe_jax.models.model import LanguageModel
 from moe_jax.parallel.batches import from_whole
-from moe_jax.training.loss import call_of
+from moe_jax.training.loss import call_of_batch
 from moe_jax.training.placement import inference_rows
 from moe_jax.training.saved import open_run_data
 
@@ -75,7 +75,7 @@ def outputs_of(
     model: LanguageModel,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Logits, float32 [B, L, V], and by part the choices per layer and expert, int32 [X, E]."""
-    output = model.run(params, call_of(batch, capacity=0.0, step=step), state=model_state)
+    output = model.run(params, call_of_batch(batch, capacity=0.0, step=step), state=model_state)
     load = {
         part: jnp.sum(output.aux[part].sums["assigned_KE"], axis=1) for part in model.moe_layers
     }

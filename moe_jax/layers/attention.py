@@ -15,7 +15,7 @@ from moe_jax.config.settings import Settings, setting
 from moe_jax.costs import Bytes, Cost
 from moe_jax.layers.attention_costs import scores_cost
 from moe_jax.layers.attention_kernels import KERNELS, Task, attend_by_rules, chosen
-from moe_jax.layers.cache import in_one_document, slots, write
+from moe_jax.layers.cache import cache_tokens, slots, write
 from moe_jax.layers.dot_product import Prefix
 from moe_jax.layers.masks import Rules, Tokens
 from moe_jax.layers.norms import Norm
@@ -211,7 +211,7 @@ class Attention(Part):
             cache = write(cache, call, keys=k_BTKD, values=v_BTKD)
             if not call.prefill:
                 k_BTKD, v_BTKD = (cache[name].astype(x_BLM.dtype) for name in ("keys", "values"))
-                (queries, keys), kernel = in_one_document(cache, call), "xla"
+                (queries, keys), kernel = cache_tokens(cache, call), "xla"
         out_BLND = attend_by_rules(
             q_BLND,
             k_BTKD,

@@ -120,7 +120,7 @@ def in_each_row(put: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return jax.vmap(put_one)
 
 
-def in_one_document(cache: Any, call: Call) -> tuple[Tokens, Tokens]:
+def cache_tokens(cache: Any, call: Call) -> tuple[Tokens, Tokens]:
     """The tokens of a call as queries and the slots of a cache as keys, all of document 1.
 
     Args:

@@ -12,7 +12,7 @@ from moe_jax.costs import Bytes, Cost
 from moe_jax.layers.attention import affine, split_heads
 from moe_jax.layers.attention_costs import scores_cost
 from moe_jax.layers.attention_kernels import KERNELS, Task, attend_by_rules, chosen
-from moe_jax.layers.cache import in_one_document, slots, write
+from moe_jax.layers.cache import cache_tokens, slots, write
 from moe_jax.layers.dot_product import attend
 from moe_jax.layers.masks import Rules, Tokens, visible
 from moe_jax.layers.norms import RMSNorm
@@ -135,7 +135,7 @@ class LatentAttention(Part):
             out_BLND = absorb(
                 nope_BLND, rope_BLND, latent_BTF, key_BTD,
                 heads.reshape(self.kv_rank, self.num_heads, -1),
-                visible(Rules(call.causal), *in_one_document(cache, call)), scale=self.scale,
+                visible(Rules(call.causal), *cache_tokens(cache, call)), scale=self.scale,
             )  # fmt: skip
         out_BLND = constrain(out_BLND, "batch", None, "heads", None)
         return affine(out_BLND.reshape(*x_BLM.shape[:2], -1), params, "o"), None, cache

@@ -215,7 +215,7 @@ def shift(values: jax.Array, k: int) -> jax.Array:
     return jnp.pad(values[..., k:], padding)
 
 
-def in_one_document(segments: jax.Array, k: int) -> jax.Array:
+def same_document(segments: jax.Array, k: int) -> jax.Array:
     """Whether the token k positions later is in the same document: bool, like `segments`."""
     return (segments > 0) & (segments == shift(segments, k))
 
@@ -233,7 +233,7 @@ def later_call(call: Call, k: int) -> Call:
         tokens_BL=shift(tokens_BL, k),
         previous_B=previous_B,
         positions_BL=shift(positions_BL, k),
-        segments_BL=jnp.where(in_one_document(segments_BL, k), segments_BL, 0),
+        segments_BL=jnp.where(same_document(segments_BL, k), segments_BL, 0),
         rng=None if call.rng is None else jax.random.fold_in(call.rng, 2**31 - k),
     )
 
@@ -248,7 +248,7 @@ def later_weights(weights: jax.Array, segments: jax.Array, k: int) -> jax.Array:
       segments: int32 [..., L].
       k: number of the module.
     """
-    return jnp.where(in_one_document(segments, k) & (weights > 0), shift(weights, k), 0)
+    return jnp.where(same_document(segments, k) & (weights > 0), shift(weights, k), 0)
 
 
 def without_modules(model: "LanguageModel") -> "LanguageModel":

@@ -14,7 +14,7 @@ from moe_jax.planning.compiled import Compiled, CompilerMemory, out_of_memory
 from moe_jax.planning.hlo import read_program
 from moe_jax.planning.topology import Topology, devices
 from moe_jax.planning.workload import Workload
-from moe_jax.training.loss import call_of
+from moe_jax.training.loss import call_of_batch
 from moe_jax.training.placement import BATCH_AXES, compile_train_step, state_shardings
 from moe_jax.training.state import abstract_batch, abstract_state
 
@@ -44,7 +44,7 @@ def compile_forward(work: Workload, topology: Topology) -> Compiled:
     batch = abstract_batch(work.config, (training.batch_size // training.num_microbatches,))
 
     def forward(params: Any, model_state: Any, batch: Any) -> jax.Array:
-        return model.run(params, call_of(batch), state=model_state).logits_BLV
+        return model.run(params, call_of_batch(batch), state=model_state).logits_BLV
 
     placed = named_sharding(BATCH_AXES[1:], mesh)
     program = jax.jit(forward, in_shardings=(shardings.params, shardings.model_state, placed))

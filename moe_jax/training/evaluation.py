@@ -22,7 +22,7 @@ from moe_jax.parallel.processes import compile_in_all
 from moe_jax.parallel.rules import constrain
 from moe_jax.part import NOTHING
 from moe_jax.training.logits_chunks import over_chunks
-from moe_jax.training.loss import Batch, call_of, replayed_choices, target_nats
+from moe_jax.training.loss import Batch, call_of_batch, replayed_choices, target_nats
 from moe_jax.training.placement import inference_rows
 from moe_jax.training.ways import CAPACITIES, ways_of
 
@@ -59,7 +59,7 @@ def evaluate_batch(
     logits_chunks: int = 1,
 ) -> SequenceSums:
     """Scores the sequences of a batch; `capacity` 0 means dropless, None each part's own."""
-    call = call_of(batch, step=step, capacity=capacity)
+    call = call_of_batch(batch, step=step, capacity=capacity)
     output = model.run(params, call, state=model_state, replay=replayed_choices(batch))
     weight_BL = batch["loss_weights"]
 

@@ -186,7 +186,7 @@ def batch_totals(batch: Batch, model: LanguageModel | None = None) -> Totals:
     depths = range(1, model.modules.depth + 1)
     segments = batch["segment_ids"]
     sums = [jnp.sum(multi_token.later_weights(weights, segments, k)) for k in depths]
-    counts = [jnp.sum(multi_token.in_one_document(segments, k)) for k in depths]
+    counts = [jnp.sum(multi_token.same_document(segments, k)) for k in depths]
     return totals._replace(
         later_D=jnp.maximum(jnp.stack(sums), 1e-9),
         later_tokens_D=jnp.maximum(jnp.stack(counts).astype(jnp.float32), 1),
@@ -219,7 +219,7 @@ def replayed_choices(batch: Batch) -> dict[str, Choices]:
     return replay
 
 
-def call_of(batch: Batch, **settings: Any) -> Call:
+def call_of_batch(batch: Batch, **settings: Any) -> Call:
     """The `Call` of a model on a batch, with encoder inputs if the batch has `encoder_inputs`."""
     encoder = None
     if "encoder_inputs" in batch:
@@ -280,7 +280,7 @@ def partial_loss(
       The share of the total loss (differentiate this), and its parts.
     """
     training_loss = training_loss or CrossEntropy()
-    call = call_of(microbatch, rng=rng, step=step)
+    call = call_of_batch(microbatch, rng=rng, step=step)
     trees: dict[str, Any] = {"state": model_state, "replay": replayed_choices(microbatch)}
     output = model.run(params, call, multi_token=model.modules is not None, **trees)
     head = model.head_params(params)
