@@ -15,7 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.layers.attention_kernels import RESIDUALS
 from moe_jax.layers.masks import Rules, Tokens, visible
 
-SMALLEST, MOST = 64, 8  # queries per block at least; blocks per row at most, as each is compiled
+MIN_QUERIES = 64  # of a block
+MAX_BLOCKS = 8  # of a row, as each is compiled
 UNSEEN = float(jnp.finfo(jnp.float32).min) / 2
 
 
@@ -67,7 +68,7 @@ def attend_in_blocks(
 
 def block_size(length: int) -> int:
     """Queries per block."""
-    return max(SMALLEST, -(-length // MOST))
+    return max(MIN_QUERIES, -(-length // MAX_BLOCKS))
 
 
 def keys_of(queries: slice, length: int, rules: Rules, counts_up: bool) -> slice:

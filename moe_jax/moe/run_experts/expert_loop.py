@@ -19,10 +19,11 @@ from moe_jax.moe.run_experts.gather import sum_choices, take_or_zero
 from moe_jax.moe.run_experts.sorting import Order, UngroupedChoices
 from moe_jax.parameters import learning
 
-# Most rows of the smallest block; otherwise an eighth of the mean group. Half of one is padding.
-SMALLEST = 128
-# Smallest blocks per larger block, whose products are faster.
-LARGEST = 4
+# A small block has an eighth of an expert's mean rows, at most this many. On average half of an
+# expert's last block is padding.
+MAX_SMALL_BLOCK = 128
+# Rows of a large block, whose products are faster, over those of a small one.
+LARGE_OVER_SMALL = 4
 
 
 class OneExpert:
@@ -198,10 +199,10 @@ def block_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
 
     A single expert has all rows in one block, so it rounds as the dense network does.
     """
-    eighth = -(-num_rows // (64 * num_experts)) * 8  # of the mean group, and a multiple of 8
-    smallest = max(min(eighth, SMALLEST), 8)
-    larger = {LARGEST * smallest, num_rows if num_experts == 1 else smallest}
-    return (smallest, *sorted(size for size in larger if smallest < size <= num_rows))
+    eighth = -(-num_rows // (64 * num_experts)) * 8  # of an expert's mean rows, a multiple of 8
+    small = max(min(eighth, MAX_SMALL_BLOCK), 8)
+    larger = {LARGE_OVER_SMALL * small, num_rows if num_experts == 1 else small}
+    return (small, *sorted(size for size in larger if small < size <= num_rows))
 
 
 def for_each_block(

@@ -35,7 +35,9 @@ from moe_jax.parallel.rules import platform
 #   0.0.42.1        3.34  3.34  3.34   no kernel for the gradient of the weights
 #   0.0.45, 0.0.47  5.67  1.00  5.67   on v5e and v6e none for the gradient of the rows either
 #   0.0.50.1        1.00  1.00  1.00
-LAX_IS_WHOLE = (0, 0, 50)
+#
+# "lax" needs a libtpu that has every kernel.
+LAX_MIN_LIBTPU = (0, 0, 50)
 
 
 class Target(NamedTuple):
@@ -69,7 +71,7 @@ class Need(NamedTuple):
 NEEDS = {
     "loop": Need(lambda target: target.platform == "cpu", "a CPU"),
     "lax": Need(
-        lambda target: target.platform == "tpu" and (target.libtpu or ()) >= LAX_IS_WHOLE,
+        lambda target: target.platform == "tpu" and (target.libtpu or ()) >= LAX_MIN_LIBTPU,
         "a TPU with libtpu 0.0.50 or newer (jax[tpu]>=0.12.0.1, Python 3.12)",
     ),
     "megablox": Need(lambda target: target.platform in ("tpu", "cpu"), "a TPU"),
