@@ -7,7 +7,6 @@ later tokens. Legend of shapes: `moe_jax.moe`.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -73,25 +72,7 @@ class EncoderInputs(NamedTuple):
     segments_BT: jax.Array | None = None
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "positions_BL",
-        "segments_BL",
-        "tokens_BL",
-        "step",
-        "rng",
-        "encoder",
-        "memory",
-        "memory_segments_BT",
-        "shared",
-        "cache_index",
-        "previous_B",
-        "lengths_B",
-        "in_prefix_BL",
-    ],
-    meta_fields=["causal", "counts_up", "capacity", "record", "cache_length", "prefill"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Call:
     """Inputs that are the same for every layer of a model.
@@ -142,12 +123,12 @@ class Call:
     cache_index: jax.Array | int | None = None
     previous_B: jax.Array | None = None
     lengths_B: jax.Array | None = None
-    causal: bool = True
-    counts_up: bool = False
-    capacity: float | None = None
-    record: bool = False
-    cache_length: int | None = None
-    prefill: bool = False
+    causal: bool = dataclasses.field(default=True, metadata={"static": True})
+    counts_up: bool = dataclasses.field(default=False, metadata={"static": True})
+    capacity: float | None = dataclasses.field(default=None, metadata={"static": True})
+    record: bool = dataclasses.field(default=False, metadata={"static": True})
+    cache_length: int | None = dataclasses.field(default=None, metadata={"static": True})
+    prefill: bool = dataclasses.field(default=False, metadata={"static": True})
     in_prefix_BL: jax.Array | None = None
 
     @property
@@ -172,11 +153,7 @@ class Call:
         )
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["index", "state", "cache", "replay"],
-    meta_fields=["branch"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Own:
     """Inputs of one layer. Inputs of a whole layer are trees by branch.
@@ -193,7 +170,7 @@ class Own:
     state: Any = None
     cache: Any = None
     replay: Any = None
-    branch: int = 0
+    branch: int = dataclasses.field(default=0, metadata={"static": True})
 
     def of(self, name: str, number: int) -> "Own":
         """The inputs of one branch of the layer."""
