@@ -119,19 +119,16 @@ class EncoderDecoder(LanguageModel):
             "Set Call.encoder, or encoder_inputs in the batch",
         )
         assert text is not None
-        own = dataclasses.replace(
-            call,
+        # A call of its own, with what both stacks share: no cache, prefix or memory of the decoder.
+        own = Call(
             tokens_BL=text.tokens_BT,
             positions_BL=text.positions_BT,
             segments_BL=text.segments_BT,
+            step=call.step,
             rng=None if call.rng is None else jax.random.fold_in(call.rng, ENCODER_KEY),
-            encoder=None,
-            cache_index=None,
-            cache_length=None,
-            prefill=False,
-            previous_B=None,
-            lengths_B=None,
-            in_prefix_BL=None,
+            counts_up=call.counts_up,
+            capacity=call.capacity,
+            record=call.record,
         )
         table = "embedding" if self.share_embeddings else "encoder_embedding"
         x_BTM = self.embed({"embedding": params[table]}, text.tokens_BT) * factor_BTM
