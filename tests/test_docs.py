@@ -230,6 +230,17 @@ def test_workflows_run_the_tests(name, command):
         assert oldest and job["steps"][1]["with"]["python-version"] == oldest[1]
 
 
+def test_the_study_of_the_page_is_whole():
+    [code] = code_of("studies.md")
+    names = {}
+    exec(code, names)
+    study = names["STUDY"]
+    for arm, dtype in (("float32", "float32"), ("bfloat16", "bfloat16")):
+        config = study.experiment("smoke", arm, 0)
+        assert config.model.part["moe"].router.dtype == dtype
+    assert study.seeds == (0, 1, 2)
+
+
 def test_the_architecture_of_the_page_is_written_and_read(tmp_path, monkeypatch):
     names = {}
     for code in code_of("architectures.md"):
