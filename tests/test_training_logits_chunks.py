@@ -154,6 +154,15 @@ def test_plans_count_less_memory_and_one_more_product():
     config = tiny_config({"model": {"vocab_size": 65536}})
     whole, chunked = (resolve(in_chunks(config, n), 1, "cpu") for n in (1, 4))
     assert estimate_memory(chunked).logits == estimate_memory(whole).logits / 4
+    config = dataclasses.replace(
+        config, training=dataclasses.replace(config.training, batch_size=8)
+    )
+    on_mesh = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=4))
+    whole_logits, of_chunk = (
+        estimate_memory(resolve(in_chunks(on_mesh, n), 4, "cpu")).logits for n in (1, 4)
+    )
+    head = 65536 * 16 * 4  # bytes
+    assert of_chunk == whole_logits / 4 + 2 * head, "gathered, and with its gradient"
     once = training_flops(config.model, 16)
     again = training_flops(config.model, 16, logits_chunks=4)
     assert again == once | {"head": once["head"] / 3 * 4}

@@ -44,7 +44,8 @@ class Memory:
       optimizer: moments, float32.
       gradients: of what trains, float32; with several microbatches, the sum and the newest one.
       saved_activations: what the forward pass of a microbatch saves for the backward pass.
-      logits: float32 logits and their gradient, of one chunk, and those of a teacher.
+      logits: float32 logits and their gradient, and those of a teacher; with `logits_chunks` those
+        of one chunk, and the gathered head and its gradient.
       layer: working set of the largest layer: its activations if they are computed again, its
         weights gathered over fsdp, and their gradient before it is split again.
       dispatch: slots on their way to the experts and back, and one-hot tensors, of the layer with
@@ -84,6 +85,7 @@ def estimate_memory(work: Workload) -> Memory:
         gradients=gradient_copies * local_bytes(training_parameters(work.config), mesh),
         saved_activations=saved_bytes(work),
         logits=2 * num_heads(model) * logits_bytes(work) / work.config.training.logits_chunks
+        + whole_head_bytes(work)
         + sum(map(logits_bytes, work.teachers)),
         layer=max(working_set(one, layer) for one, layer in layers),
         dispatch=max(dispatch_bytes(one, layer) for one, layer in layers),
@@ -103,6 +105,14 @@ def state_bytes(work: Workload) -> float:
 def logits_bytes(work: Workload) -> float:
     """Bytes of one head's logits of a microbatch on one device."""
     return FLOAT32 * work.decoder_tokens * work.model.vocab_size / work.mesh.tensor
+
+
+def whole_head_bytes(work: Workload) -> float:
+    """Bytes of the head and its gradient, gathered in float32 while chunks of logits are scored."""
+    if work.config.training.logits_chunks == 1 or work.mesh.batch_shards == 1:
+        return 0.0
+    specs = jax.tree.leaves(work.model.head_params(work.model.plain_specs()))
+    return 2.0 * FLOAT32 * sum(gathered_size(spec, work.mesh) for spec in specs)
 
 
 def optimizer_bytes(work: Workload) -> float:
