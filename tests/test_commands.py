@@ -158,12 +158,10 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_was_not(finishe
 
 @pytest.mark.parametrize(
     "numbers",
-    [
-        [signal.SIGTERM],
-        pytest.param([signal.SIGTERM, signal.SIGINT], marks=pytest.mark.slow),
-    ],
+    [[signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]],
     ids=["SIGTERM", "then Ctrl-C"],
 )
+@pytest.mark.slow  # test_launch.py has a quick one
 def test_a_signal_saves_says_how_to_go_on_and_exits_with_128_more(tmp_path, numbers):
     """SIGTERM, as schedulers send it, then Ctrl-C on the resumed run."""
     workdir = tmp_path / "a run"

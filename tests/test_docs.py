@@ -134,7 +134,7 @@ def test_the_training_loss_of_the_page_is_that_of_smoothed_labels(my_parts):
         ("RoundRobin", {"scan", "microbatches", "task"}),
         ("SigmoidShare", {"mesh", "scan", "microbatches", "decoding"}),
         ("Peakedness", {"mesh", "scan", "decoding", "task"}),
-        ("FactoredMoE", {"scan", "microbatches", "task"}),
+        pytest.param("FactoredMoE", {"scan", "microbatches", "task"}, marks=pytest.mark.slow),
         pytest.param("SquaredRelu", {"mesh", "scan", "task"}, marks=pytest.mark.slow),
         pytest.param("LastFirst", {"mesh", "scan", "task"}, marks=pytest.mark.slow),
     ],

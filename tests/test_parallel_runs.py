@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax.__main__ import main
 from moe_jax.training.files import METRICS_FILE
 from moe_jax.training.metrics import read_metrics
 from moe_jax.training.saved import CHECKPOINTS, load_run
@@ -55,14 +56,15 @@ def expected(tmp_path_factory):
 
 
 def test_two_processes_train_what_one_does(tmp_path):
+    """The one is this process, which has eight devices; four belong to the two."""
+    arguments = [("train", *SHORT, *MESH, f"--workdir={tmp_path / name}") for name in "12"]
+    assert main(list(arguments[0])) == 0
+    with Job(tmp_path, 2, 2, *arguments[1]) as job:
+        job.succeed()
     states = []
-    for count in (1, 2):
-        workdir = tmp_path / str(count)
-        arguments = ("train", *SHORT, *MESH, f"--workdir={workdir}")
-        with Job(tmp_path, count, 4 // count, *arguments) as job:
-            job.succeed()
-        assert checkpoint_steps(workdir) == [3, 6]
-        states.append(load_run(workdir, moments=True)[1])
+    for name in "12":
+        assert checkpoint_steps(tmp_path / name) == [3, 6]
+        states.append(load_run(tmp_path / name, moments=True)[1])
     np.testing.assert_allclose(losses(tmp_path / "2"), losses(tmp_path / "1"), rtol=LOSS_TOLERANCE)
     for one, two in zip(*(jax.tree.leaves(state.params) for state in states), strict=True):
         np.testing.assert_allclose(two, one, atol=PARAMETER_TOLERANCE)

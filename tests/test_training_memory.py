@@ -79,13 +79,13 @@ def test_a_device_that_does_not_say_its_memory_refuses_nothing(monkeypatch):
         ),
         (
             {"training": {"batch_size": 10**8}},
-            r"logits 2\.2 TiB, .*\. Raise training\.num_microbatches \(now 1\), or lower training"
-            r"\.batch_size \(now 100000000\), or lower data",
+            r"logits 2\.2 TiB, .*\. Lower training\.batch_size \(now 100000000\), or raise training"
+            r"\.num_microbatches \(now 1\), or raise training\.logits_chunks \(now 1\), or lower",
         ),
         (
             {"data": {"sequence_length": 10**9}},
-            r"GiB\. Lower data\.sequence_length \(now 1000000000\): the logits of one sequence are "
-            r"1\.4 TiB\.$",
+            r"GiB\. Lower data\.sequence_length \(now 1000000000\), or raise training\.logits_chu"
+            r"nks \(now 1\): the logits of one sequence are 1\.4 TiB\.$",
         ),
     ],
 )

@@ -29,7 +29,7 @@ def config_of(**moe):
     ("moe", "train", "dropless", "limited"),
     [
         ({}, "", ("dropless", ""), ""),
-        (EXPERT_CHOICE, SEES, ("slots of training", SEES), SEES),
+        (EXPERT_CHOICE, SEES, ("slots of training", SEES), None),
         (PREDICTED, SEES, ("dropless", SAW), SAW),
         (SOFT, SEES, ("slots of training", SEES), None),
         ({"capacity": QUEUE}, SEES, ("dropless", SAW), SEES),

@@ -141,18 +141,18 @@ def profile(workdir: pathlib.Path) -> str:
 def smaller_logits(
     config: ExperimentConfig, mesh: Mesh, needed: Mapping[str, int], available: int
 ) -> str:
-    """Which settings shrink the logits; fewer sequences do not, if one of them does not fit."""
+    """Which settings shrink the logits; fewer sequences are not enough if one does not fit."""
     training, length = config.training, config.data.sequence_length
     sequences = training.batch_size // training.num_microbatches // num_shards("batch", mesh)
     one, rest = needed["logits"] // sequences, sum(needed.values()) - needed["logits"]
-    changes = []
+    changes = [f"lower data.sequence_length (now {length})"]
     if training.loss.takes_chunks:
         changes.append(f"raise training.logits_chunks (now {training.logits_chunks})")
-    if one + rest <= available:
-        changes.append(f"raise training.num_microbatches (now {training.num_microbatches})")
-        changes.append(f"lower training.batch_size (now {training.batch_size})")
-    changes.append(f"lower data.sequence_length (now {length})")
-    return f"{', or '.join(changes)}: the logits of one sequence are {in_units(one)}"
+    if one + rest > available:
+        return f"{', or '.join(changes)}: the logits of one sequence are {in_units(one)}"
+    changes.append(f"raise training.num_microbatches (now {training.num_microbatches})")
+    changes.append(f"lower training.batch_size (now {training.batch_size})")
+    return ", or ".join(reversed(changes))
 
 
 def smaller_step(config: ExperimentConfig) -> str:
