@@ -190,11 +190,11 @@ def state_of(model=MODEL):
     )
 
 
-@functools.partial(quick_jit, static_argnames="model")
-def loss_and_gradient(state, batch, model=MODEL):
+@functools.partial(quick_jit, static_argnames=("model", "logits_chunks"))
+def loss_and_gradient(state, batch, model=MODEL, **settings):
     """Loss, gradient and metrics of a batch [P, B, ...] of P microbatches."""
     keys = jax.random.split(jax.random.key(0), batch["inputs"].shape[0])
-    loss, grads, said = gradient(state, batch, keys, batch_totals(batch), model)
+    loss, grads, said = gradient(state, batch, keys, batch_totals(batch), model, **settings)
     return loss, grads, model.metrics(merge_aux(said.aux))
 
 
@@ -343,6 +343,12 @@ def test_the_linen_shell_runs_it():
     ) == (jax.tree.map(lambda spec: spec.shape, MODEL.specs()))
     output = quick_jit(shell.apply)({"params": PARAMS}, call, state=STATE)
     np.testing.assert_allclose(output.logits_BLV, logits_of(PARAMS, BATCH), atol=FLOAT32)
+
+
+@pytest.mark.slow
+def test_chunks_of_logits_change_nothing(whole):
+    assert BATCH["targets"].shape[1] % 3 == 0
+    assert_close(loss_and_gradient(state_of(), cut(BATCH), logits_chunks=3), whole)
 
 
 @pytest.mark.slow

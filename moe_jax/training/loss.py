@@ -295,8 +295,10 @@ def partial_loss(
         return cross_entropy, *training_loss.share(scored, fields, totals, arrays)
 
     fields = microbatch
-    if logits_chunks > 1:
-        fields = {n: x for n, x in microbatch.items() if n not in ENCODER_INPUTS}
+    if logits_chunks > 1:  # those of the positions that the head scores
+        shape = microbatch["targets"].shape
+        by_position = (name for name in microbatch if name not in ENCODER_INPUTS)
+        fields = {n: microbatch[n] for n in by_position if microbatch[n].shape[:2] == shape}
     # The output's own logits are not used, so the compiler leaves them out.
     cross_entropy, share, of_loss = sum_over_chunks(
         score, head, output.hidden_BLM, fields, (totals, arrays), logits_chunks
