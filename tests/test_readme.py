@@ -82,7 +82,7 @@ def test_the_pages_have_the_commands_that_this_file_runs():
     ("pages", "runs"),
     [
         ([README], {"smoke"}),
-        pytest.param([README, TOUR], {"smoke", "smoke16", "smoke_mesh"}, marks=pytest.mark.slow),
+        pytest.param([README, TOUR], {"smoke", "smoke16"}, marks=pytest.mark.slow),
     ],
     ids=["README", "and tour"],
 )
