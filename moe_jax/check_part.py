@@ -28,9 +28,7 @@ from moe_jax.config.settings import Settings
 
 NUM_DEVICES = 8
 USAGE = "usage: python -m moe_jax.check_part package.module:Class | FAMILY.KIND [--field=value ...]"
-Told = tuple[
-    str, bool | None, str
-]  # a check, whether it passed (None: not for this part), its text
+Told = tuple[str, bool | None, str]  # the name of a check, and its `Result`
 WORDS = {True: "ok", False: "FAILED", None: "-"}
 
 

@@ -16,7 +16,13 @@ from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.checkpoints import Checkpoints, DamagedCheckpointError
 from moe_jax.training.files import METRICS_FILE, RUN_FILE
 from moe_jax.training.imported import save_imported
-from moe_jax.training.init_from import check_position, check_tokenizer, first_state, open_source
+from moe_jax.training.init_from import (
+    check_position,
+    check_tokenizer,
+    first_state,
+    open_source,
+    warn_of_heldout,
+)
 from moe_jax.training.loop import train
 from moe_jax.training.loss import CrossEntropy
 from moe_jax.training.metrics import read_metrics
@@ -359,6 +365,12 @@ def test_adapters_that_the_source_lacks_are_drawn_and_those_it_has_are_not_dropp
 def test_text_that_the_source_trained_on_is_no_held_out_text(source, data, content, warned, caplog):
     open_source(started(source, data=data), content)
     assert warned in caplog.text and bool(caplog.text) == bool(warned)
+
+
+def test_of_the_text_of_an_imported_model_nothing_is_known(caplog):
+    config = config_of(data={"heldout_fraction": 0.3})
+    warn_of_heldout(config, {"data": {}}, {})
+    assert not caplog.text
 
 
 def test_a_weight_of_several_arrays_wraps_the_array_that_is_there(source):

@@ -276,7 +276,8 @@ def warn_of_heldout(config: ExperimentConfig, record: Record, content: Mapping[s
 
     Held-out text of a smaller fraction is part of that of a larger one (`moe_jax.data.documents`).
     """
-    if record.get("content", {}).get("corpus") != content.get("corpus"):
+    known = record.get("content", {}).get("corpus")
+    if known is None or known != content.get("corpus"):  # an imported model has none
         return
     old, new = record["data"], to_dict(config.data)
     fraction = old.get("heldout_fraction", DataConfig.heldout_fraction)
