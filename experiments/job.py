@@ -77,7 +77,7 @@ class Job:
     def command(self) -> list[str]:
         """The command that runs the job in its own process."""
         return [
-            sys.executable, "-m", "experiments.job", f"--study={self.study.name}",
+            sys.executable, "-m", "experiments.job", f"--study={self.study.place}",
             f"--size={self.size}", f"--arm={self.arm}",
             f"--seeds={','.join(map(str, self.seeds))}", f"--runs={self.runs}",
             f"--results={self.results}", f"--corpus={self.corpus}",

@@ -107,12 +107,12 @@ def study_page(study: Study, size: str, results: Results) -> str:
     """The README of a study."""
     said = judged(study, size, results)
     older = said.older_verdict
-    command = f"python -m experiments.run {study.name} --size={size}"
+    command = f"python -m experiments.run {study.place} --size={size}"
     parts = [
         f"# {study.question}",
         f"Verdict: **{said.verdict}**"
         + f"; under the earlier rule, by which it was run, **{older}**" * bool(older)
-        + f". Written by `python -m experiments.report {study.name}`.",
+        + f". Written by `python -m experiments.report {study.place}`.",
         OLDER_RULE if older else "",
         "## Criterion",
         criterion_text(study, results, said),
@@ -189,7 +189,7 @@ def write_study(study: Study, size: str, directory: pathlib.Path | None = None) 
 
 
 def sizes_of(study: Study, directory: pathlib.Path | None = None) -> list[str]:
-    """The sizes with results; in the study's own directory "small" is always included."""
+    """The sizes with results; without `directory` "small" is always included."""
     there = {row["size"] for row in read_results((directory or study.directory) / RESULTS_FILE)}
     return [size for size in SIZES if size in there or (size == "small" and directory is None)]
 
@@ -203,7 +203,7 @@ def judged_sizes(study: Study) -> dict[str, Judged]:
 def main(arguments: list[str] | None = None) -> int:
     """Writes the report of one study, or of all with the top page; returns the exit code."""
     parser = Parser(description=__doc__)
-    parser.add_argument("study", nargs="?", help="one study; all by default")
+    parser.add_argument("study", nargs="?", help="a study, or the path of your own; all by default")
     parser.add_argument("--out", help="directory with results; the study's own by default")
     args = parser.parse_args(arguments)
     try:

@@ -142,7 +142,7 @@ def run_in_workers(jobs: list[Job], num_workers: int, board: Board) -> list[Job]
             while waiting and len(running) < num_workers:
                 job = waiting.pop(0)
                 board.begin(job)
-                running[pool.submit(run_named, job.study.name, job.whereabouts)] = job
+                running[pool.submit(run_at, job.study.place, job.whereabouts)] = job
             ended, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
             for future in ended:
                 job = running.pop(future)
@@ -151,10 +151,10 @@ def run_in_workers(jobs: list[Job], num_workers: int, board: Board) -> list[Job]
     return []
 
 
-def run_named(study: str, whereabouts: Mapping[str, Any]) -> None:
-    """Runs a job in a worker."""
+def run_at(place: str, whereabouts: Mapping[str, Any]) -> None:
+    """Runs a job of the study at a place, in a worker."""
     flags.FLAGS.mark_as_parsed()
-    Job(load_study(study), **whereabouts).run_here()
+    Job(load_study(place), **whereabouts).run_here()
 
 
 def stop_after(minutes: float | None) -> threading.Timer:
@@ -235,7 +235,7 @@ def run_stage(jobs: list[Job], size: str, num_jobs: int, board: Board) -> list[J
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study")
+    parser.add_argument("study", help="a folder of experiments/, or the path of your own")
     parser.add_argument("--size", default="small", choices=SIZES)
     parser.add_argument("--smoke", action="store_true", help="--size=smoke --seeds=1")
     parser.add_argument("--seeds", type=int, help="only so many seeds of every arm")

@@ -1,6 +1,8 @@
-"""The form of a study: one file, `experiments/NAME/study.py`, complete before the first run.
+"""The form of a study: one file, `NAME/study.py`, complete before the first run.
 
-    STUDY = Study(name="NAME", question=..., arms=..., expect=..., ...)
+    STUDY = Study(file=__file__, question=..., arms=..., expect=..., ...)
+
+The folder NAME lies in `experiments/`, or anywhere else. Results and pages are written to it.
 
 An override maps a dotted path of a config to a value: a setting, or a whole part.
 
@@ -17,10 +19,12 @@ An arm may start from the run of another arm, or learn from it: `"init_from.path
 
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import json
+import os
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,7 +48,7 @@ from moe_jax.training.ways import Way, ways_of
 
 HERE = pathlib.Path(__file__).parent
 SIZES = ("smoke", "small", "medium", "gpu", "base")
-OPTIONAL = {"medium"}  # sizes that a study may lack
+STUDY_FILE = "study.py"
 CORPUS = "CORPUS"  # placeholder of the --corpus directory in data.corpus and data.tokenizer
 RUNS = "RUNS"  # placeholder of the directory of a study's runs at one size
 RUN_OF = f"{RUNS}/"  # before the name of an arm: the workdir of its run
@@ -116,14 +120,14 @@ class Study:
     """A question, the runs that answer it, and the criterion for the answer.
 
     Attributes:
-      name: the name of its folder.
+      file: `__file__` of the study; its folder has the name of the study.
       question: the question in one sentence.
       published: published results.
       config: name of a file of `configs/`, with presets after a colon.
       base: overrides of all arms.
       sizes: overrides by size: "smoke" (seconds, embedded corpus), "small" (two cores, two hours
-        per study), optionally "medium" (two cores, a night), "gpu" (one card, 40 M packed tokens,
-        minutes per arm), "base" (several accelerators).
+        per study), "medium" (two cores, a night), "gpu" (one card, 40 M packed tokens, minutes per
+        arm), "base" (several accelerators). "smoke" and one more are required.
       arms: the compared arms.
       baseline: the arm that others are compared with.
       expect: the criterion: the study is reproduced if every claim is.
@@ -141,7 +145,7 @@ class Study:
       notes: notes for the reader: sizes, choices, what was tried.
     """
 
-    name: str
+    file: str
     question: str
     published: tuple[Published, ...]
     base: Overrides
@@ -177,9 +181,9 @@ class Study:
             "Correct it",
         )
         require(
-            set(SIZES) - OPTIONAL <= set(self.sizes) <= set(SIZES),
-            f"a study has the sizes {list(SIZES)}, perhaps without {sorted(OPTIONAL)}",
-            f"{self.name}: {sorted(self.sizes)}",
+            "smoke" in self.sizes and len(self.sizes) > 1 and set(self.sizes) <= set(SIZES),
+            f"a study has the size 'smoke' and one or more of {list(SIZES[1:])}",
+            f"{self.name}: {list(self.sizes)}",
             "Add or rename sizes",
         )
         require(
@@ -323,7 +327,17 @@ class Study:
     @property
     def directory(self) -> pathlib.Path:
         """The folder of the study."""
-        return HERE / self.name
+        return pathlib.Path(self.file).resolve().parent
+
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return self.directory.name
+
+    @property
+    def place(self) -> str:
+        """What commands call the study: its name in `experiments/`, or the path of its folder."""
+        return self.name if self.directory.parent == HERE else os.path.relpath(self.directory)
 
 
 @functools.cache
@@ -357,25 +371,45 @@ def run_name(arm: str, seed: int) -> str:
 
 
 def study_names() -> list[str]:
-    """Names of all studies."""
-    return sorted(path.parent.name for path in HERE.glob("*/study.py"))
+    """Names of the studies of `experiments/`."""
+    return sorted(path.parent.name for path in HERE.glob(f"*/{STUDY_FILE}"))
 
 
-def load_study(name: str) -> Study:
-    """Loads the study in the folder `name`.
+def load_study(place: str) -> Study:
+    """Loads a study.
+
+    Args:
+      place: the name of a folder of `experiments/`, or the path of a folder with a `study.py`.
+        The folder around it goes on the import path, so that the study may import from its own
+        folder: `from NAME.routers import MyRouter`.
 
     Raises:
       ValueError: there is no such study, or it breaks a rule.
     """
-    known = study_names()
+    if place in study_names():
+        return study_in(f"experiments.{place}")
+    folder = pathlib.Path(place).resolve()
     alone = "moe_against_dense"  # not a Study: it has a script
-    fix = f"Run python -m experiments.{alone}.run" if name == alone else "Correct the name"
-    require(name in known, f"the studies are {known}", repr(name), fix)
-    study = importlib.import_module(f"experiments.{name}.study").STUDY
+    fix = f"Run python -m experiments.{alone}.run" if place == alone else "Correct the name"
     require(
-        study.name == name,
-        "a study has the name of its folder",
-        f"{study.name!r} in experiments/{name}",
-        "Rename one",
+        (folder / STUDY_FILE).is_file(),
+        f"the studies are {study_names()}, and folders of your own with a {STUDY_FILE}",
+        repr(place),
+        fix,
     )
-    return study
+    if str(folder.parent) not in sys.path:
+        sys.path.insert(0, str(folder.parent))
+    spec = importlib.util.find_spec(folder.name) if folder.name.isidentifier() else None
+    require(
+        spec is not None and list(spec.submodule_search_locations or ()) == [str(folder)],
+        "the folder of a study has a Python name that no other module has",
+        repr(folder.name),
+        "Rename the folder",
+    )
+    return study_in(folder.name)
+
+
+def study_in(package: str) -> Study:
+    """The `STUDY` of a package's `study.py`."""
+    found: Study = importlib.import_module(f"{package}.{STUDY_FILE.removesuffix('.py')}").STUDY
+    return found

@@ -4,6 +4,7 @@ from experiments.results import LOSS, Results
 from experiments.run import jobs_of
 from experiments.study import (
     EMBEDDED_CORPUS,
+    HERE,
     MOE_LAYER,
     NO_EXPERTS,
     Arm,
@@ -26,7 +27,7 @@ TINY = {
 
 def make_study(**changes):
     settings = {
-        "name": "made_up",
+        "file": str(HERE / "made_up" / "study.py"),
         "question": "Is it lower?",
         "published": (Published("loss", "low", "a paper, table 1", lambda results: "as here"),),
         "base": TINY,

@@ -232,9 +232,10 @@ def test_workflows_run_the_tests(name, command):
 
 def test_the_study_of_the_page_is_whole():
     [code] = code_of("studies.md")
-    names = {}
+    names = {"__file__": "mine/router_precision/study.py"}
     exec(code, names)
     study = names["STUDY"]
+    assert study.name == "router_precision"
     for arm, dtype in (("float32", "float32"), ("bfloat16", "bfloat16")):
         config = study.experiment("smoke", arm, 0)
         assert config.model.part["moe"].router.dtype == dtype

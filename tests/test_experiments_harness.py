@@ -46,7 +46,8 @@ from tests.tiny_run import ROOT
         ({"least_seeds": 2}, r"3 at the least.*least_seeds=2"),
         ({"least_seeds": 4}, r"least_seeds seeds or more.*seeds=\(0, 1, 2\), least_seeds=4"),
         ({"baseline_seeds": (0, 1, 3)}, "which are among those of the baseline"),
-        ({"sizes": {"small": {}}}, r"has the sizes \['smoke', 'small', .*'base'\], perhaps"),
+        ({"sizes": {"small": {}}}, r"the size 'smoke' and one or more of .*: made_up: \['small'\]"),
+        ({"sizes": {"smoke": {}}}, r"the size 'smoke' and one or more of .*: made_up: \['smoke'\]"),
         ({"expect": ()}, "a study has a criterion: made_up. Write Study.expect"),
         (
             {"base": {**TINY, "model.parts.moe.num_expertz": 1}},

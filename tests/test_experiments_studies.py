@@ -27,6 +27,11 @@ from tests.tiny_run import CACHE, ROOT
 BEFORE_PARTS = {line["study"] for line in read_results(ROOT / "tests/golden/arms.jsonl")}
 
 
+@pytest.mark.parametrize("name", study_names())
+def test_a_study_of_the_repository_runs_on_cpus_on_one_card_and_on_many(name):
+    assert set(load_study(name).sizes) >= {"smoke", "small", "gpu", "base"}
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", study_names())
 def test_arms_cost_the_same(name, size):
@@ -232,3 +237,59 @@ def test_every_study_passes_its_smoke_run(name, tmp_path):
     page = (tmp_path / "out" / "smoke.md").read_text()
     assert "**inconclusive**" in page  # one seed
     assert (tmp_path / "out" / "curves_smoke.png").stat().st_size > 0
+
+
+OWN_STUDY = """
+from router_turns.routers import Turns
+from tests.made_up_study import TINY
+from experiments.study import NO_EXPERTS, Arm, Study
+from experiments.verdict import Claim, lower
+
+STUDY = Study(
+    file=__file__, question="Are turns as good?", published=(), base=TINY,
+    sizes={"smoke": {"training.num_steps": 2, "optimizer.warmup_steps": 1}, "medium": {}},
+    arms=(Arm("dense", "dense", NO_EXPERTS), Arm("turns", "", {"model.parts.moe.router": Turns()})),
+    baseline="dense", expect=(Claim("Turns end below.", lower("turns", "dense")),),
+)
+"""
+
+
+def own_study(folder):
+    folder.mkdir(parents=True)
+    (folder / "study.py").write_text(OWN_STUDY)
+    source = (ROOT / "tests" / "foreign.py").read_text().replace("RoundRobin", "Turns")
+    (folder / "routers.py").write_text(source)
+    return folder
+
+
+def test_a_study_of_ones_own_lies_anywhere(tmp_path, capsys):
+    study = load_study(str(own_study(tmp_path / "mine" / "router_turns")))
+    assert study.name == "router_turns" and study.directory == tmp_path / "mine" / "router_turns"
+    router = study.experiment("medium", "turns", 0).model.part["moe"].router
+    assert type(router).__module__ == "router_turns.routers"
+    assert load_study(study.place) is study
+    assert run.main([study.place, "--arms=turns"]) == 1
+    assert "router_turns has the sizes ['smoke', 'medium']: 'small'" in capsys.readouterr().err
+    for name in ("numpy", "router.turns"):
+        with pytest.raises(ValueError, match=rf"a Python name .*: '{name}'\. Rename the folder"):
+            load_study(str(own_study(tmp_path / name)))
+    with pytest.raises(ValueError, match=r"folders of your own with a study\.py: 'nowhere'"):
+        load_study("nowhere")
+
+
+@pytest.mark.slow
+def test_a_study_of_ones_own_runs_in_workers_and_leaves_the_repository_alone(tmp_path):
+    folder = own_study(tmp_path / "mine" / "router_turns")
+
+    def command(name, *arguments):
+        done = subprocess.run(
+            [sys.executable, "-m", name, str(folder), *arguments],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    command("experiments.run", "--smoke", f"--runs={tmp_path}", f"--out={folder}")
+    command("experiments.report", f"--out={folder}")
+    rows = read_results(folder / "results.jsonl", "smoke")
+    assert sorted(row["arm"] for row in rows) == ["dense", "turns"]
+    assert "experiments.run" in (folder / "smoke.md").read_text()

@@ -144,7 +144,7 @@ def loss_arm(scope: str, weight: float) -> Arm:
 
 
 STUDY = Study(
-    name="balance",
+    file=__file__,
     question="What does balancing the experts do to their load, to the loss, and to what they "
     "specialise in?",
     published=(

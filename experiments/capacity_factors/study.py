@@ -166,7 +166,7 @@ def dense_arms() -> tuple[Arm, ...]:
 
 
 STUDY = Study(
-    name="capacity_factors",
+    file=__file__,
     question="What do a second expert and more capacity buy, in both conventions of capacity?",
     published=(
         Published(

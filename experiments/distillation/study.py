@@ -89,7 +89,7 @@ def share_of(arm: str, start: str = "dense") -> Callable[[Results], str]:
 
 TABLE = "Switch Transformers (arXiv:2101.03961), table 6"
 STUDY = Study(
-    name="distillation",
+    file=__file__,
     question="How much of what experts gain does a dense student keep that learns from them?",
     published=(
         Published(

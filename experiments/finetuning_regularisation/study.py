@@ -34,7 +34,7 @@ def capacity(factor: float, weight: float) -> Arm:
 
 
 STUDY = Study(
-    name="finetuning_regularisation",
+    file=__file__,
     question="What do dropout, expert dropout, dropped experts and capacity do in fine-tuning?",
     published=(
         Published(

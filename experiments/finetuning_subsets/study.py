@@ -99,7 +99,7 @@ PRETRAINED_ARM = Arm(PRETRAINED, "before fine-tuning", {})
 NOT_MOE = {"optimizer.frozen": ("moe",)}
 
 STUDY = Study(
-    name="finetuning_subsets",
+    file=__file__,
     question="Which parameters of an MoE should be fine-tuned, and do routers have to be frozen?",
     published=(
         Published(

@@ -116,7 +116,7 @@ def top2(queue: Queue, factor: float) -> dict[str, object]:
 
 
 STUDY = Study(
-    name="future_leaks",
+    file=__file__,
     question="Which routing schemes let a language model see tokens that it has yet to predict?",
     published=(
         Published(

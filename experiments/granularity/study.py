@@ -77,7 +77,7 @@ def experts(granularity: int, shared: bool = False) -> Overrides:
 
 
 STUDY = Study(
-    name="granularity",
+    file=__file__,
     question="Are finer experts better at equal cost and parameters, and is a shared one?",
     published=(
         Published(

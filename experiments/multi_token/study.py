@@ -22,7 +22,7 @@ def as_costly(config: ConfigDict) -> int:
 
 
 STUDY = Study(
-    name="multi_token",
+    file=__file__,
     question="Does predicting two tokens ahead help to predict the next, and is it worth its cost?",
     published=(
         Published(

@@ -51,7 +51,7 @@ def routed(selected: int, **settings: Any) -> dict[str, Any]:
 
 
 STUDY = Study(
-    name="router_instability",
+    file=__file__,
     question="How easily does a router change its mind, and do temperature, jitter or more choices "
     "steady it?",
     published=(

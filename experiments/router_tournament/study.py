@@ -171,7 +171,7 @@ LEARNED = (
 
 
 STUDY = Study(
-    name="router_tournament",
+    file=__file__,
     question="Which routing scheme learns most at one budget?",
     published=(
         Published(

@@ -64,7 +64,7 @@ BFLOAT16 = {"model.compute_dtype": "bfloat16"}
 
 
 STUDY = Study(
-    name="router_z_loss",
+    file=__file__,
     question="Does a z-loss keep the router's logits small at no cost, and must a router be "
     "float32?",
     published=(

@@ -206,7 +206,7 @@ def size_and_tokens(results: Results) -> str:
 
 
 STUDY = Study(
-    name="scaling",
+    file=__file__,
     question="How does loss fall with active parameters, and how with experts?",
     published=(
         Published(

@@ -29,7 +29,7 @@ def load_and_routing(workdir: pathlib.Path) -> dict[str, float]:
 
 
 STUDY = Study(
-    name="specialisation",
+    file=__file__,
     question="Do experts specialise in domains or in tokens, at which depth, and what forbids it?",
     published=(
         Published(

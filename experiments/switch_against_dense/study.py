@@ -64,7 +64,7 @@ def measured_ratio(results: Results) -> str:
 
 
 STUDY = Study(
-    name="switch_against_dense",
+    file=__file__,
     question="Does a Switch Transformer of more experts learn faster than the dense model that "
     "costs as much a token?",
     published=(

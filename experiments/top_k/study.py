@@ -32,7 +32,7 @@ def choices(count: int, selected: int) -> Arm:
 
 
 STUDY = Study(
-    name="top_k",
+    file=__file__,
     question="How many experts should a token have, at equal active FLOPs?",
     published=(
         Published(

@@ -151,7 +151,7 @@ def sized(size: str) -> Overrides:
 
 
 STUDY = Study(
-    name="upcycling",
+    file=__file__,
     question="When is a sparse model better made of a dense one than trained from scratch, or than "
     "the dense one trained on?",
     published=(
