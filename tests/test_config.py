@@ -589,11 +589,14 @@ def test_run_refuses(cls, settings, message):
         cls(**settings)
 
 
-def test_a_warm_up_ends_within_the_run():
+def test_a_warm_up_ends_before_the_rate_falls_with_the_length_of_the_run():
     with pytest.raises(
-        ValueError, match=r"config: .*warmup_steps must be at most training\.num_steps"
+        ValueError,
+        match=r"config: .*schedule='cosine' must warm up within the run: warmup_steps=1001",
     ):
         from_config_dict({"optimizer": {"warmup_steps": 1001}})
+    for schedule in ("constant", "rsqrt"):  # whose first steps are those of a longer run
+        from_config_dict({"optimizer": {"warmup_steps": 1001, "schedule": schedule}})
     with pytest.raises(ValueError, match=r"Set optimizer\.warmup_steps to at most 50\."):
         from_config_dict({"training": {"num_steps": 50}})
 

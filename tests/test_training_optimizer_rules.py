@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax.training.optimizers import average_parameters, is_matrix
+from moe_jax.training.optimizers import average_parameters, trained_by_muon
 from moe_jax.training.state import TrainState, evaluation_params
 from tests.test_training_optimizers import adamw, optimizer_of, spec
 from tests.tiny_run import quick_jit, tiny_config
@@ -175,7 +175,7 @@ def test_what_muon_trains_is_what_the_specs_of_a_model_say():
     found = {
         jax.tree_util.keystr(path[-2:], simple=True, separator="/")
         for path, one in jax.tree.leaves_with_path(specs)
-        if is_matrix(one)
+        if trained_by_muon(one)
     }
     assert found == {f"attention/w{x}" for x in "qkvo"} | {
         f"{owner}/{name}" for owner in ("experts", "shared") for name in ("wi", "wg", "wo")

@@ -331,8 +331,9 @@ class ExperimentConfig(Settings):
         self.data.objective.check_model(self.model)
         self.model.check_trained(self.optimizer)
         require(
-            self.optimizer.warmup_steps <= self.training.num_steps,
-            "optimizer.warmup_steps must be at most training.num_steps",
+            self.optimizer.schedule in ("constant", "rsqrt")  # the start of a longer run
+            or self.optimizer.warmup_steps <= self.training.num_steps,
+            f"optimizer.schedule={self.optimizer.schedule!r} must warm up within the run",
             f"warmup_steps={self.optimizer.warmup_steps}, num_steps={self.training.num_steps}",
             f"Set optimizer.warmup_steps to at most {self.training.num_steps}",
         )

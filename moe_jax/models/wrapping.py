@@ -67,7 +67,7 @@ def chosen_by(wrapping: Wrapping, specs: Any) -> Any:
 
     def is_meant(mark: bool, spec: ParameterSpec) -> bool:
         named = spec.component not in NAMED_ALONE or spec.component in words
-        return mark and named and is_matrix(spec)
+        return mark and named and can_be_wrapped(spec)
 
     marks = jax.tree.map(is_meant, select(specs, wrapping.names), specs)
     require(
@@ -79,7 +79,7 @@ def chosen_by(wrapping: Wrapping, specs: Any) -> Any:
     return marks
 
 
-def is_matrix(spec: ParameterSpec) -> bool:
+def can_be_wrapped(spec: ParameterSpec) -> bool:
     """Whether a parameter is a matrix, or a stack of matrices, that a `Weight` can replace."""
     dims = spec.shape[spec.num_stacked :]
     is_weight = spec.decays or spec.component == "embedding"

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from moe_jax.costs import FLOAT32, Bytes, Cost, Saving, ffn_cost
 from moe_jax.moe.routing import Options
+from moe_jax.moe.run_experts.buffer import most_received_rows
 from moe_jax.moe.run_experts.plan import way_of
 from moe_jax.parallel.rules import mesh_in_use, num_shards
 from moe_jax.part import Dims
@@ -175,12 +176,13 @@ def memory_rows(moe: "MoE", length: int) -> float:
 
 
 def most_rows(moe: "MoE", length: int, shards: int) -> float:
-    """`buffer.most_received_rows` per token, with experts split over `shards` devices."""
-    options, own = training_options(moe, length), moe.num_experts // shards
-    slots = slots_of_a_token(moe, length) / shards  # of a device's own experts
+    """`most_received_rows` per token, with experts split over `shards` devices."""
+    options, tokens = training_options(moe, length), moe.group_size or length
     choices = moe.router.num_choices(options)
     # With gates on the input every choice is a token of its own.
-    return shards * min(choices if moe.gate_on_input else min(choices, own), slots)
+    copies, choices = (choices, 1) if moe.gate_on_input else (1, choices)
+    own = moe.num_experts // shards
+    return most_received_rows(tokens * copies, choices, own, shards, options.slots) / tokens
 
 
 def mean_experts(moe: "MoE", length: int) -> float:

@@ -134,7 +134,9 @@ def precondition(settings: OptimizerConfig, specs: Any) -> optax.GradientTransfo
     if settings.name == "schedule_free":
         return optax.scale_by_rms(b2, epsilon, eps_in_sqrt=False, bias_correction=True)
     if settings.name == "muon":
-        return per_parameter(lambda spec: muon(settings, spec) if is_matrix(spec) else adam, specs)
+        return per_parameter(
+            lambda spec: muon(settings, spec) if trained_by_muon(spec) else adam, specs
+        )
     adafactor = optax.chain(
         optax.scale_by_factored_rms(),
         optax.clip_by_block_rms(1.0),
@@ -147,7 +149,9 @@ def share_of_rest(share: float, specs: Any) -> optax.GradientTransformation:
     """With Muon, gives non-matrices this share of the learning rate, decay included."""
 
     def update(updates: Any, params: Any = None) -> Any:
-        return jax.tree.map(lambda u, spec: u if is_matrix(spec) else share * u, updates, specs)
+        return jax.tree.map(
+            lambda u, spec: u if trained_by_muon(spec) else share * u, updates, specs
+        )
 
     return optax.stateless(update)
 
@@ -161,7 +165,7 @@ def scale_each(factors: Any) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def is_matrix(spec: ParameterSpec) -> bool:
+def trained_by_muon(spec: ParameterSpec) -> bool:
     """Whether Muon trains a parameter: a matrix [I, O] between hidden activations.
 
     Embeddings, heads, routers, and parameters that do not decay, such as biases, are excluded.
@@ -269,5 +273,5 @@ def moments_of(settings: OptimizerConfig, spec: ParameterSpec) -> int:
     Adafactor's factors, and its moments of unfactored parameters, are not counted.
     """
     of_name = {"adamw": 2, "adafactor": 0, "lion": 1, "schedule_free": 2}
-    of_name["muon"] = 1 if is_matrix(spec) else 2
+    of_name["muon"] = 1 if trained_by_muon(spec) else 2
     return of_name[settings.name] + (settings.ema_decay > 0)
