@@ -40,7 +40,7 @@ EXPERTS = MoE(
     num_selected_experts=4,
     expert_dim=10_752,
     activation=SwiGLU(),
-    router=TokenChoice(norm_order=1.0),
+    router=TokenChoice(renormalize=True),
     losses=(LoadBalance(weight=0.05),),
     capacity=Capacity(eval_factor=0.0),
 )

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from moe_jax.models.stack import StackLayout as StackLayout
     from moe_jax.moe.activations import Activation as Activation
     from moe_jax.moe.balance import BalanceLoss as BalanceLoss
+    from moe_jax.moe.block import block_loss_and_metrics as block_loss_and_metrics
     from moe_jax.moe.block import moe_block as moe_block
     from moe_jax.moe.part import MoE as MoE
     from moe_jax.moe.routing import Options as Options
@@ -67,7 +68,7 @@ MODULES = {
     "moe_jax.models.stack": ("StackLayout",),
     "moe_jax.moe.activations": ("Activation",),
     "moe_jax.moe.balance": ("BalanceLoss",),
-    "moe_jax.moe.block": ("moe_block",),
+    "moe_jax.moe.block": ("block_loss_and_metrics", "moe_block"),
     "moe_jax.moe.part": ("MoE",),
     "moe_jax.moe.routing": ("Options", "Router", "RouterInputs", "Routing"),
     "moe_jax.parameters": ("ParameterSpec", "init_parameters"),

@@ -19,6 +19,7 @@ from moe_jax.config.check import require
 
 if TYPE_CHECKING:
     from moe_jax.config import ExperimentConfig
+    from moe_jax.models.model import LanguageModel
 
 MODES = ("from_hf", "from_gguf", "to_hf", "to_gguf", "to_peft")
 # The modes that read each of these flags.
@@ -163,12 +164,32 @@ def loaded(workdir: pathlib.Path) -> LoadedRun:
     values = flags.FLAGS
     mesh = command_line.mesh_of_flag()
     config, state = load_run(workdir, mesh, values.step, trust=values.trust)
+    check_annealed(config.model, int(state.step))
     print(describe_dense(config.model), end="")
     config, whole = dense_model(config, state.params)
     params = dict(whole)
     if state.model_state:
         params[STATE] = state.model_state
     return LoadedRun(config, params, int(state.step), origin_of_run(workdir))
+
+
+def check_annealed(model: "LanguageModel", step: int) -> None:
+    """Refuses a router whose temperature is that of a step of training: files have none.
+
+    Raises:
+      ValueError: names the part, the step and the end of the annealing.
+    """
+    from moe_jax.moe.routing.logits import LogitRouter
+
+    for name, moe in model.moe_parts.items():
+        if isinstance(moe.router, LogitRouter):
+            settled = moe.router.projection.constant_from
+            require(
+                step >= settled,
+                "a router can be written only after the annealing of its temperature",
+                f"part {name!r} is annealed until step {settled}, this is step {step}",
+                "Export a later step",
+            )
 
 
 def export(workdir: pathlib.Path, target: pathlib.Path) -> None:

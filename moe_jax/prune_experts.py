@@ -74,7 +74,13 @@ def check_kept(config: "ExperimentConfig") -> None:
     """
     import numpy as np
 
-    from moe_jax.finetune.downcycle import prune_experts, routed_parts, without_experts
+    from moe_jax.finetune.downcycle import (
+        num_groups,
+        prune_experts,
+        routed_parts,
+        used_experts,
+        without_experts,
+    )
 
     values, model = flags.FLAGS, config.model
     num_experts = {name: moe.num_experts for name, moe in routed_parts(model).items()}
@@ -84,10 +90,11 @@ def check_kept(config: "ExperimentConfig") -> None:
         f"--keep={values.keep} keeps all of {num_experts}",
         "Lower --keep",
     )
-    kept: Load = {
-        name: np.tile(np.arange(min(values.keep or count, count)), (len(model.layers_of[name]), 1))
-        for name, count in num_experts.items()
-    }
+    kept = used_experts(
+        {name: np.ones((len(model.layers_of[name]), count)) for name, count in num_experts.items()},
+        num_experts, values.keep,
+        {name: num_groups(moe) for name, moe in routed_parts(model).items()},
+    )  # fmt: skip
     if values.drop:
         kept = without_experts(model, list(map(int, values.drop)))
     prune_experts(config, kept)
@@ -99,7 +106,7 @@ def experts_to_keep(source: "Source") -> "Load":
     Raises:
       ValueError: no expert is dropped, or an expert number does not exist.
     """
-    from moe_jax.finetune.downcycle import routed_parts, used_experts, without_experts
+    from moe_jax.finetune.downcycle import num_groups, routed_parts, used_experts, without_experts
 
     values, model = flags.FLAGS, source.config.model
     parts = routed_parts(model)
@@ -113,7 +120,8 @@ def experts_to_keep(source: "Source") -> "Load":
             part: max(moe.num_selected_experts, moe.eval_num_selected_experts)
             for part, moe in parts.items()
         }
-        kept = used_experts(load, at_least, values.keep)
+        groups = {part: num_groups(moe) for part, moe in parts.items()}
+        kept = used_experts(load, at_least, values.keep, groups)
     fewer = [part for part, moe in parts.items() if kept[part].shape[1] < moe.num_experts]
     require(
         bool(fewer),

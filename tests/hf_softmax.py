@@ -25,14 +25,14 @@ GRANITE = {
 }  # fmt: skip
 
 
-def dbrx(norm_order: float | None, **attention: Any) -> dict[str, Any]:
-    """The nested settings of a DBRX."""
+def dbrx(normalize: float | None, **attention: Any) -> dict[str, Any]:
+    """The nested settings of a DBRX, whose gates are over their sum (1.0) or as they are."""
     experts = {"ffn_hidden_size": 12, "moe_num_experts": 6, "moe_top_k": 3, "moe_loss_weight": 0.05}
     return {
         "model_type": "dbrx", "vocab_size": 64, "d_model": 32, "n_heads": 4, "n_layers": 2,
         "max_seq_len": 64,
         "attn_config": {"clip_qkv": 1.5, "kv_n_heads": 2, "rope_theta": 5e5, **attention},
-        "ffn_config": {**experts, "moe_normalize_expert_weights": norm_order},
+        "ffn_config": {**experts, "moe_normalize_expert_weights": normalize},
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
     }  # fmt: skip
 
@@ -64,7 +64,7 @@ SOFTMAX: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True, "rope_theta": 500.0,
     },
     "dbrx": dbrx(1.0),
-    "dbrx_l2": dbrx(2.0, clip_qkv=0.5, kv_n_heads=4),
+    "dbrx_heads": dbrx(1.0, clip_qkv=0.5, kv_n_heads=4),
     "dbrx_plain": dbrx(None),
     "granitemoe": {**GRANITE, "tie_word_embeddings": True},
     "granitemoe_biases": {**GRANITE, "attention_bias": True, "logits_scaling": 0.7},

@@ -92,8 +92,6 @@ def route_token(x_M, router_ME, num_selected, config, bias_E=None, logit_bias_E=
     gates = softmax([logits[e] for e in chosen]) if after_topk else scores[chosen]
     if config.renormalize:
         gates = gates / gates.sum()
-    if config.norm_order is not None:
-        gates = gates / (gates**config.norm_order).sum() ** (1 / config.norm_order)
     return logits, probs, chosen, gates * config.scaling_factor
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from moe_jax.moe.activations import Activation, Relu
-from moe_jax.moe.experts import Experts
+from moe_jax.moe.experts import Experts, gated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,5 +14,5 @@ class Network(Experts):
     activation: Activation = Relu()
     compute: Callable | None = None
 
-    def __call__(self, x, weights, layout):
-        return self.compute(x, weights, layout)
+    def __call__(self, x, weights, layout, gate=None):
+        return gated(self.compute(x, weights, layout), gate)

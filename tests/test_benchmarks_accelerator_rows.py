@@ -24,7 +24,7 @@ from benchmarks.accelerator.kernels import choices
 from benchmarks.accelerator.record import Record
 from moe_jax.config.kinds import KINDS
 from moe_jax.moe.part import MoE
-from moe_jax.moe.run_experts.plan import WAYS
+from moe_jax.moe.run_experts.plan import IMPLEMENTATIONS
 from moe_jax.planning.arithmetic import count_flops
 
 
@@ -165,7 +165,7 @@ def test_every_way_and_every_router_has_a_row():
         assert {f"{way}/{precision}" for way in ("einsum", "gather")} <= names
         assert {f"router {kind}/{precision}" for kind in KINDS["router"]} <= names
     ragged = [name for name in names if name.startswith("ragged")]
-    assert ragged and {"auto", "einsum", "gather", "ragged"} == set(WAYS)
+    assert ragged and {"auto", "einsum", "gather", "ragged"} == set(IMPLEMENTATIONS)
 
 
 def test_a_kernel_is_not_held_to_a_dtype_that_it_refuses(monkeypatch):

@@ -10,7 +10,7 @@ from benchmarks.aot_tpu import FORMS, LAYERS, Layer, Row, Work, fewest, line, me
 from moe_jax.config import MeshConfig
 from moe_jax.moe.activations import Relu, SwiGLU
 from moe_jax.moe.part import MoE
-from moe_jax.moe.run_experts.plan import WAYS
+from moe_jax.moe.run_experts.plan import IMPLEMENTATIONS
 from moe_jax.planning.hlo import Collective, Program
 
 RELU = Layer(
@@ -110,7 +110,7 @@ def test_without_libtpu_nothing_is_compiled(monkeypatch):
 
 
 def test_every_way_to_run_experts_is_compared():
-    ways = set(WAYS) - {"auto"}
+    ways = set(IMPLEMENTATIONS) - {"auto"}
     assert {form.run_experts for form in FORMS} == ways
     assert {run_experts for run_experts, _ in sharded_step.WAYS} == ways
     sizes = [mesh.fill(8).num_devices for mesh in sharded_step.MESHES.values()]

@@ -271,7 +271,7 @@ def test_a_router_that_looks_ahead_is_refused_unless_allowed(name):
     ],
 )
 def test_declaration_by_name(queue, choices, causal):
-    assert queue.looks_ahead(choices) == (not causal)
+    assert queue.looks_ahead(num_choices=choices) == (not causal)
 
 
 @pytest.mark.parametrize(
@@ -357,5 +357,5 @@ def test_probe_of_a_whole_model_in_training(queue):
         moved = logits(tokens.at[0, SPLIT:].set(suffix)) - logits(tokens)
         movements.append(np.abs(moved[:, :SPLIT]).max())
     looks_ahead = model.looks_ahead(training=True)
-    assert looks_ahead == queue.looks_ahead(2)
+    assert looks_ahead == queue.looks_ahead(num_choices=2)
     assert_declared(np.array(movements), looks_ahead)

@@ -820,13 +820,13 @@ FOREIGN = "tests.test_config:DoublesGates"
 def test_a_config_is_written_and_read_again():
     config = from_config_dict(changed())
     written = json.loads(json.dumps(write_config(config)))
-    assert written["format"] == 4 and written["sources"] == {}
+    assert written["format"] == 5 and written["sources"] == {}
     assert read_config(written, ExperimentConfig) == config
 
 
 def test_a_config_of_the_layout_before_parts_is_refused():
     with pytest.raises(
-        ValueError, match=r"formats 2 to 4 can be read: this one is of format 1\. Use the"
+        ValueError, match=r"formats 2 to 5 can be read: this one is of format 1\. Use the"
     ):
         read_config({"name": "old", "model": {"num_layers": 4}}, ExperimentConfig)
 

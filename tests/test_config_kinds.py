@@ -271,7 +271,7 @@ def test_a_written_config_of_the_library_needs_no_trust():
 
 def test_a_config_of_the_layout_before_parts_is_refused():
     with pytest.raises(
-        ValueError, match=r"layouts of formats 2 to 4 can be read: this one is of format 1"
+        ValueError, match=r"layouts of formats 2 to 5 can be read: this one is of format 1"
     ):
         read_config({"model": {"num_layers": 2}}, ExperimentConfig)
 

@@ -11,6 +11,7 @@ from moe_jax.config.convert import write_config
 from moe_jax.config.upgrade import FORMAT, upgrade
 from moe_jax.layers.norms import RMSNorm
 from moe_jax.layers.rotary import Rotary
+from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.training import loop, run_record
 from moe_jax.training.files import read_json
 from moe_jax.training.loop import train
@@ -81,8 +82,8 @@ def test_a_part_of_format_3_keeps_a_field_that_attention_had_in_format_2():
 def test_a_config_of_today_is_left_as_it_is():
     written = write_config(ExperimentConfig())
     assert written["format"] == FORMAT and upgrade(written) == written
-    with pytest.raises(ValueError, match="formats 2 to 4 can be read: this one is of format 5"):
-        upgrade(written | {"format": 5})
+    with pytest.raises(ValueError, match="formats 2 to 5 can be read: this one is of format 6"):
+        upgrade(written | {"format": 6})
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,21 @@ def test_format_3_counted_held_out_text_in_microbatches(microbatches, num_microb
     written |= {"format": 3, "training": written["training"] | counted}
     training = read_config(written, ExperimentConfig).training
     assert (training.evaluation_batches, training.num_microbatches) == (batches, num_microbatches)
+
+
+def test_gates_over_their_l1_norm_in_format_4_are_over_their_sum():
+    def router(**settings):
+        written = json.loads(json.dumps(write_config(ExperimentConfig())))
+        written["model"]["parts"]["moe"]["num_selected_experts"] = 2
+        written["model"]["parts"]["moe"]["router"] |= settings
+        return read_config(written | {"format": 4}, ExperimentConfig).model.part["moe"].router
+
+    assert router(norm_order=None) == TokenChoice()
+    assert router(norm_order=1.0) == TokenChoice(renormalize=True)
+    with pytest.raises(ValueError, match=r"the norm of gates is their sum: norm_order=2\.0"):
+        router(norm_order=2.0)
+    own = {"kind": "a.file:Router", "norm_order": 2.0}
+    assert upgrade({"format": 4, "router": own})["router"] == own
 
 
 def test_parameters_have_the_names_and_shapes_that_they_had():

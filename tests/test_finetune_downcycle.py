@@ -23,6 +23,8 @@ from moe_jax.finetune.upcycle import Upcycling, upcycle
 from moe_jax.finetune.ways import Shared
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.models.multi_token import MultiToken
+from moe_jax.moe.routing.selection import ExpertGroups
+from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.state import init_state
 from tests.tiny_run import DENSE, tiny_batch, tiny_config, tiny_moe, tiny_state
@@ -77,6 +79,21 @@ def test_the_most_loaded_experts_are_kept_and_as_many_in_each_layer():
     load = {"moe": np.array([[5, 0, 3, 0], [0, 2, 2, 7]])}
     assert used_experts(load, {"moe": 2})["moe"].tolist() == [[0, 1, 2], [1, 2, 3]]
     assert used_experts(load, {"moe": 2}, keep=2)["moe"].tolist() == [[0, 2], [1, 3]]
+
+
+def test_an_expert_stays_in_its_group():
+    load = {"moe": np.array([[5, 0, 3, 1], [0, 2, 2, 7]])}
+    groups = {"moe": 2}  # {0, 1} and {2, 3}; by load alone the first layer would keep 0 and 2
+    assert used_experts(load, {"moe": 1}, 2, groups)["moe"].tolist() == [[0, 2], [1, 3]]
+    assert used_experts(load, {"moe": 2}, None, groups)["moe"].tolist() == [[0, 1, 2, 3]] * 2
+    router = TokenChoice(groups=ExpertGroups(2, 1, "max"))
+    config = tiny_config(tiny_moe(num_experts=8, router=router))
+    kept = np.array([[0, 1, 2, 4, 5, 7], [1, 2, 3, 4, 6, 7]])
+    assert prune_experts(config, {"moe": kept}).new.model.part["moe"].num_experts == 6
+    kept[1] = [2, 3, 4, 5, 6, 7]
+    message = r"each stays in its group: .* of 2 groups, \[\[3, 3\], \[2, 4\]\] by layer"
+    with pytest.raises(ValueError, match=message):
+        prune_experts(config, {"moe": kept})
 
 
 def test_what_is_not_by_expert_in_a_state_stays(sparse):

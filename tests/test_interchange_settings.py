@@ -11,12 +11,17 @@ import pytest
 
 import moe_jax
 from moe_jax.__main__ import main
+from moe_jax.convert import check_annealed
 from moe_jax.interchange.family import FAMILIES, Reader, family_of, load_family
 from moe_jax.interchange.rope import LONGEST, read_rotary
 from moe_jax.interchange.write import config_json
 from moe_jax.layers.rotary import Rotary
 from moe_jax.layers.rotary_scaling import LinearScaling
+from moe_jax.models.model import LanguageModel
 from moe_jax.moe.activations import Relu
+from moe_jax.moe.part import MoE
+from moe_jax.moe.routing.logits import Linear
+from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.part import Call
 from tests.hf_families import CASES, Case, write_model
 from tests.hf_others import LONGROPE
@@ -310,3 +315,27 @@ def test_an_import_says_the_losses_that_training_adds(name, said, tmp_path, caps
     assert main(["convert", f"--from-hf={hf}", f"--workdir={tmp_path / 'run'}"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "training adds" in line]
     assert len(lines) == bool(said) and all(one in lines[0] for one in said)
+
+
+def test_how_a_model_runs_is_no_setting_of_a_file():
+    family = load_family("mixtral")
+    model = family.read(CASES["mixtral"].settings)
+    parts = {
+        "attention": dataclasses.replace(model.part["attention"], kernel="xla"),
+        "moe": dataclasses.replace(
+            model.part["moe"], run_experts="ragged", grouped_matmul="loop", buffer_factor=1.5,
+            stop_at_overflow=True,
+        ),
+    }
+    changed = dataclasses.replace(model, parts={**model.part, **parts}, remat="full")
+    assert family.written(changed) == family.written(model)
+
+
+def test_a_temperature_that_is_still_annealed_is_not_written():
+    projection = Linear(anneal_from=4.0, anneal_steps=1000)
+    model = LanguageModel(
+        parts={**LanguageModel().part, "moe": MoE(router=TokenChoice(projection=projection))}
+    )
+    check_annealed(model, 1000)
+    with pytest.raises(ValueError, match=r"'moe' is annealed until step 1000, this is step 999"):
+        check_annealed(model, 999)

@@ -17,7 +17,9 @@ from moe_jax.interchange.leaves import leaves_of
 from moe_jax.interchange.tensor_files import TensorFiles, ToWrite, write_tensors
 from moe_jax.moe.activations import GeGLU, GeGLUTanh, Gelu, Relu, SwiGLU
 from moe_jax.moe.balance import RouterZ
+from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.load_balance import HuggingFaceSwitchLoadBalance
+from moe_jax.moe.queues import BatchPrioritized
 from moe_jax.part import Call, EncoderInputs
 from tests.hf_families import CASES, Case, write_model, written_by_rules
 from tests.hf_t5 import SWITCH, T5
@@ -139,6 +141,30 @@ def test_the_sparse_layers_of_a_switch_are_those_of_transformers(sizes, layers):
     sparse = [i for i, one in enumerate(model.encoder.layers) if "encoder_moe" in one]
     assert sparse == layers
     assert family.read(family.written(model)).encoder == model.encoder
+
+
+def with_capacity(model, capacity, encoder=None):
+    moe = {"moe": capacity, "encoder_moe": encoder or capacity}
+    parts = {name: dataclasses.replace(model.part[name], capacity=moe[name]) for name in moe}
+    return dataclasses.replace(model, parts={**model.part, **parts})
+
+
+def test_a_switch_is_written_with_its_slots_and_without_any_as_dropless():
+    """Transformers drops the tokens of a sequence beyond `expert_capacity`, in evaluation too."""
+    family = load_family("switch_transformers")
+    model = family.read(SWITCH)
+    assert family.written(model)["expert_capacity"] == 7
+    for capacity in (Capacity(train_factor=1.25), Capacity(train_factor=0.0, eval_factor=0.0)):
+        written = family.written(with_capacity(model, capacity))
+        again = family.read(written).part["moe"]
+        assert again.options(512, training=False).slots == 512  # of one sequence: all its tokens
+    with pytest.raises(
+        ValueError, match=r"same number of slots: .* encoder: \[7, 40\]"
+    ):
+        family.written(with_capacity(model, Capacity(slots=7), Capacity(slots=40)))
+    by_likelihood = Capacity(slots=7, queue=BatchPrioritized())
+    with pytest.raises(ValueError, match=r"in the order of its tokens: capacity\.slots=7, "):
+        family.written(with_capacity(model, Capacity(slots=7), by_likelihood))
 
 
 def test_a_switch_without_experts_keeps_the_names_of_a_switch():

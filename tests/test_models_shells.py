@@ -123,7 +123,8 @@ def assert_same(given, expected):
 def test_linen_gives_the_values_and_the_training_step_of_the_pure_functions(name):
     specs, _, shell, _, run, loss = CASES[name]
     output, params, after, value = pure(name)
-    variables = jax.eval_shape(lambda: shell.init_with_output(jax.random.key(0), *arguments(name)))
+    key = jax.random.key(0)
+    variables = jax.eval_shape(lambda: run(functools.partial(shell.init_with_output, key)))
     shapes = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs)
     assert variables[1]["params"] == shapes
 
@@ -132,10 +133,6 @@ def test_linen_gives_the_values_and_the_training_step_of_the_pure_functions(name
 
     assert_same(jax.jit(apply)(params), output)
     assert_same(step(lambda params: loss(apply(params)))(params), (after, value))
-
-
-def arguments(name):
-    return (call_of_model(),) if name == "model" else (X,)
 
 
 @pytest.mark.parametrize("name", slow_but(["block"], CASES))

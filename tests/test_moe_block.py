@@ -23,7 +23,7 @@ from moe_jax.moe.queues import BatchPrioritized, ByProbability, ChoiceMajor, Tok
 from moe_jax.moe.routing.logits import Linear, Sigmoid, SoftmaxOverSelected
 from moe_jax.moe.routing.selection import ExpertGroups
 from moe_jax.moe.routing.token_choice import TokenChoice
-from moe_jax.moe.run_experts.plan import WAYS, plan_experts
+from moe_jax.moe.run_experts.plan import IMPLEMENTATIONS, plan_experts
 from moe_jax.parameters import init_parameters
 from moe_jax.part import Call, Dims, Own
 from tests import moe_oracle
@@ -38,7 +38,7 @@ BATCH, LENGTH, MODEL_DIM = 2, 6, 4
 VALID = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], bool)
 
 
-RUN = [way for way in WAYS if way != "auto"]
+RUN = [way for way in IMPLEMENTATIONS if way != "auto"]
 
 
 def make_block(**settings):

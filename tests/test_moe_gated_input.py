@@ -12,7 +12,7 @@ from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.logits import Sigmoid
 from moe_jax.moe.routing.soft import Soft
 from moe_jax.moe.routing.token_choice import TokenChoice
-from moe_jax.moe.run_experts.plan import WAYS
+from moe_jax.moe.run_experts.plan import IMPLEMENTATIONS
 from moe_jax.part import Call, Dims
 from tests.slow import slow_but
 
@@ -96,7 +96,9 @@ def dense(params, x, index, kept):
     return y
 
 
-@pytest.mark.parametrize("way", slow_but(["einsum", "ragged"], [w for w in WAYS if w != "auto"]))
+@pytest.mark.parametrize(
+    "way", slow_but(["einsum", "ragged"], [w for w in IMPLEMENTATIONS if w != "auto"])
+)
 def test_values_and_gradients(way):
     moe, params, x, dy = make_block(way)
     expected_y, index, kept = loops(params, x)

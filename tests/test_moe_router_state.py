@@ -35,11 +35,11 @@ class Fewest(FixedRouter):
         routing = super().route(params, x_GSM, inputs)
         return routing._replace(sums={"tokens": jnp.sum(inputs.valid_GS)})
 
-    def next_state(self, state, sums, step):
+    def next_state(self, state, sums, step, num_steps):
         return {"had_E": state["had_E"] + jnp.sum(sums["assigned_KE"], axis=-2)}
 
-    def metrics(self, sums):
-        return {"tokens_sent": sums["router"]["tokens"]}
+    def metrics(self, aux):
+        return {"tokens_sent": aux.sums["router"]["tokens"]}
 
 
 BLOCK = MoE(
@@ -76,8 +76,8 @@ class Tempered(TokenChoice):
         own = {"temperature": temperature * jnp.sum(inputs.valid_GS)}
         return super().route(params, x_GSM / temperature, inputs)._replace(sums=own)
 
-    def metrics(self, sums):
-        return {"temperature": sums["router"]["temperature"] / sums["num_tokens"]}
+    def metrics(self, aux):
+        return {"temperature": aux.sums["router"]["temperature"] / aux.sums["num_tokens"]}
 
 
 def test_a_router_logs_a_parameter_whatever_the_padding_and_the_microbatches():

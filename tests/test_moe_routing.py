@@ -90,22 +90,12 @@ def test_choices_come_best_first_and_ties_go_to_the_lower_index():
         # sigmoid(log p) = p / (1 + p).
         ({"score": Sigmoid()}, [[4 / 14, 3 / 13], [3 / 13, 3 / 13]]),
         ({"score": Sigmoid(), "renormalize": True}, [[52 / 94, 42 / 94], [1 / 2, 1 / 2]]),
-        # Divided by the L_p norm: .7 for p = 1, .5 for p = 2 (3, 4, 5). Any multiple of the scores
-        # gives the same.
-        ({"norm_order": 1.0}, [[4 / 7, 3 / 7], [1 / 2, 1 / 2]]),
-        ({"norm_order": 2.0}, [[0.8, 0.6], [0.5**0.5, 0.5**0.5]]),
-        ({"score": SoftmaxOverSelected(), "norm_order": 2.0}, [[0.8, 0.6], [0.5**0.5, 0.5**0.5]]),
     ],
 )
 def test_gates_of_two_choices_by_hand(options, expected):
     routing = route_logits(LOGITS, 2, TokenChoice(**options))
     assert indices(routing) == [[3, 2], [0, 1]]
     close(gates(routing), expected)
-
-
-def test_gates_are_over_one_norm_or_the_other():
-    with pytest.raises(ValueError, match=r"renormalize=True, norm_order=2\.0.*norm_order=1 is"):
-        TokenChoice(renormalize=True, norm_order=2.0)
 
 
 @pytest.mark.parametrize("score", [Sigmoid(), Softmax()], ids=["sigmoid", "softmax"])
@@ -648,16 +638,13 @@ def test_router_learns_from_the_task_alone_or_is_refused(score, choices, renorma
 
 
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("norm", [{"renormalize": True}, {"norm_order": 1.0}, {"norm_order": 2.0}])
-def test_one_renormalized_choice_is_refused(score, norm):
-    router = TokenChoice(score=score, **norm)
+def test_one_renormalized_choice_is_refused(score):
+    router = TokenChoice(score=score, renormalize=True)
     with pytest.raises(ValueError, match="is always 1, and the router gets no gradient"):
         MoE(num_selected_experts=1, router=router)
 
 
-@pytest.mark.parametrize(
-    "norm", [{"renormalize": True}, {"norm_order": 2.0}, {"score": SoftmaxOverSelected()}]
-)
+@pytest.mark.parametrize("norm", [{"renormalize": True}, {"score": SoftmaxOverSelected()}])
 def test_a_top_p_that_the_first_choice_always_reaches_is_refused_with_renormalized_gates(norm):
     """The first of E probabilities is at least 1 / E."""
     options = {"num_experts": 8, "num_selected_experts": 2}

@@ -13,7 +13,7 @@ from moe_jax.moe.part import MoE
 from moe_jax.moe.queues import ChoiceMajor, RandomOrder
 from moe_jax.moe.routing import Options, Router, RouterInputs
 from moe_jax.moe.routing.expert_choice import ExpertChoice
-from moe_jax.moe.run_experts.plan import WAYS
+from moe_jax.moe.run_experts.plan import IMPLEMENTATIONS
 from moe_jax.moe.statistics import dropped_fraction
 from moe_jax.part import Call, Dims
 
@@ -98,7 +98,7 @@ def oracle(params, x_SM, slots):
     return y
 
 
-@pytest.mark.parametrize("way", WAYS[1:])
+@pytest.mark.parametrize("way", IMPLEMENTATIONS[1:])
 @pytest.mark.parametrize("factor", [0.5, pytest.param(1.5, marks=pytest.mark.slow)])
 def test_block_equals_the_oracle_and_is_balanced(way, factor):
     moe = make_moe(factor=factor, num_selected_experts=2, run_experts=way)
@@ -115,7 +115,7 @@ def test_block_equals_the_oracle_and_is_balanced(way, factor):
 
 def test_ways_agree_in_every_gradient_and_the_router_learns():
     grads = []
-    for way in WAYS[1:]:
+    for way in IMPLEMENTATIONS[1:]:
         moe = make_moe(max_experts=2, num_selected_experts=2, run_experts=way)
         params, x = make_values(moe)
         loss = jax.jit(jax.grad(lambda p, x, m=moe: jnp.sum(run(p, x, m)[0] ** 2)))

@@ -12,11 +12,11 @@ from moe_jax.layers.attention import Attention
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.balance import max_violation, named_losses
-from moe_jax.moe.block import in_groups, moe_block
+from moe_jax.moe.block import moe_block, router_inputs
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing import Router, RouterInputs
 from moe_jax.moe.routing.fixed import Hash, Random, Uniform, balanced_table
-from moe_jax.moe.run_experts.plan import WAYS
+from moe_jax.moe.run_experts.plan import IMPLEMENTATIONS
 from moe_jax.moe.statistics import dropped_fraction
 from moe_jax.parameters import init_parameters
 from moe_jax.part import Call, Dims, Own
@@ -105,7 +105,7 @@ def test_the_first_token_of_a_call_follows_that_of_the_call_before(before, expec
         previous_B=None if before is None else jnp.array([before]),
     )  # fmt: skip
     x_BLM = jnp.zeros((1, 4, MODEL_DIM))
-    inputs = in_groups(x_BLM, make_moe(ROUTERS["bigram"]), call, Own(), None)[1]
+    inputs = router_inputs(x_BLM, make_moe(ROUTERS["bigram"]), call, Own(), None)[1]
     np.testing.assert_array_equal(inputs.previous_GS[0], expected)
 
 
@@ -143,7 +143,7 @@ def test_a_balanced_table_levels_the_counts():
     assert np.bincount(balanced_table([0] * 12, 4)).tolist() == [3, 3, 3, 3]
 
 
-@pytest.mark.parametrize("way", WAYS[1:])
+@pytest.mark.parametrize("way", IMPLEMENTATIONS[1:])
 def test_a_block_with_fixed_experts_is_balanced_in_turn(way):
     moe = make_moe(ROUTERS["uniform"], run_experts=way)
     random = np.random.default_rng(0)

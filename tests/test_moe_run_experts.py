@@ -13,7 +13,7 @@ import pytest
 
 from moe_jax.moe.activations import Relu
 from moe_jax.moe.capacity import Assignment
-from moe_jax.moe.experts import Experts, FeedForward
+from moe_jax.moe.experts import Experts, FeedForward, gated
 from moe_jax.moe.run_experts.gather import run_gather
 from moe_jax.moe.run_experts.rows import run_sorted_rows
 from moe_jax.moe.run_experts.slots import run_einsum
@@ -74,8 +74,8 @@ def run(
 class GatesOutputs(Experts):
     """The same network, as one that only computes rows."""
 
-    def __call__(self, x, weights, layout):
-        return FeedForward(self.activation)(x, weights, layout)
+    def __call__(self, x, weights, layout, gate=None):
+        return gated(FeedForward(self.activation)(x, weights, layout), gate)
 
 
 def products_of_a_step(name, experts):

@@ -730,7 +730,7 @@ def test_a_plan_is_followed(plan, by, chunks):
     with (
         mock.patch.object(module, "run_parallel", follow("run_parallel")),
         mock.patch.object(module, "run_sorted_rows", follow("run_sorted_rows")),
-        mock.patch.dict(module.SLOT_WAYS, {n: follow(n) for n in ("einsum", "gather")}),
+        mock.patch.dict(module.RUN_BY_SLOTS, {n: follow(n) for n in ("einsum", "gather")}),
     ):
         run_experts(None, mock.Mock(spec=["capacity", "kept_GSK"]), {}, {}, None, plan)
     assert told == {by: chunks}

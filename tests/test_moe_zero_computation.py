@@ -16,7 +16,7 @@ from moe_jax.moe.routing.expert_choice import ExpertChoice
 from moe_jax.moe.routing.fixed import Hash
 from moe_jax.moe.routing.selection import ExpertGroups
 from moe_jax.moe.routing.token_choice import TokenChoice
-from moe_jax.moe.run_experts.plan import WAYS
+from moe_jax.moe.run_experts.plan import IMPLEMENTATIONS
 from moe_jax.moe.statistics import dropped_fraction
 from moe_jax.part import Call, Dims, Own
 from tests.slow import slow_but
@@ -78,7 +78,7 @@ def dense(params, x, index, kept):
     return jnp.einsum("bsk,bske,bsem->bsm", gate, chosen, outputs)
 
 
-@pytest.mark.parametrize("way", slow_but(["gather", "ragged"], WAYS[1:]))
+@pytest.mark.parametrize("way", slow_but(["gather", "ragged"], IMPLEMENTATIONS[1:]))
 def test_values_gradients_and_counts(way):
     moe = make_moe(run_experts=way)
     params, x = make_values(moe)

@@ -17,7 +17,7 @@ from benchmarks.accelerator.clock import Timed, compiled, in_turn, matmul_progra
 from benchmarks.accelerator.groups import Row
 from benchmarks.accelerator.kernels import attention_kernels, grouped_kernels
 from moe_jax.moe.part import MoE
-from moe_jax.moe.run_experts.plan import WAYS, plan_experts
+from moe_jax.moe.run_experts.plan import IMPLEMENTATIONS, plan_experts
 from moe_jax.planning.hardware import peak_flops
 
 PACKAGES = (
@@ -73,7 +73,7 @@ def device() -> dict[str, Any]:
 def kernels() -> dict[str, Any]:
     """The library's kernels: which can run here, why others cannot, and what "auto" selects."""
     plans = {}
-    for way in WAYS:
+    for way in IMPLEMENTATIONS:
         try:
             plans[way] = str(plan_experts(MoE(run_experts=way)))
         except ValueError as error:

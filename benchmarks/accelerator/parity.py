@@ -28,7 +28,7 @@ from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing import Router
 from moe_jax.moe.run_experts import run_experts
-from moe_jax.moe.run_experts.plan import WAYS, plan_experts
+from moe_jax.moe.run_experts.plan import IMPLEMENTATIONS, plan_experts
 from moe_jax.parameters import init_parameters
 from moe_jax.part import Call, Dims, Own
 
@@ -58,7 +58,7 @@ def rows(dry: bool) -> list[Row]:
     """Rows of ways to run experts, routers and attention; rows that are `first` come first."""
     sizes = TINY if dry else FULL
     ways = [("ragged", kernel) for kernel in usable_kernels()]
-    ways += [(way, "") for way in WAYS if way not in ("auto", "ragged")]
+    ways += [(way, "") for way in IMPLEMENTATIONS if way not in ("auto", "ragged")]
     of_ways = [
         Row(f"{ragged(kernel) if way == 'ragged' else way}/{precision}", 5,
             functools.partial(compare_way, way, kernel, precision, sizes),

@@ -1,6 +1,7 @@
 """Makes sparse models dense, or drops experts (legend: `moe_jax.moe`; X layers of a part)."""
 
 import dataclasses
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -212,8 +213,9 @@ def prune_experts(config: ExperimentConfig, kept: Mapping[str, np.ndarray]) -> R
       kept: by part, the numbers of the experts that each layer keeps, [X, E'].
 
     Raises:
-      ValueError: a token would select more experts than are left, a multi-token module uses the
-        part too, or the router mixes tokens into slots.
+      ValueError: a token would select more experts than are left, groups of experts would keep
+        different numbers, a multi-token module uses the part too, or the router mixes tokens into
+        slots.
     """
     model = config.model
     parts: dict[str, Part] = dict(model.parts)
@@ -241,6 +243,15 @@ def prune_experts(config: ExperimentConfig, kept: Mapping[str, np.ndarray]) -> R
             f"part {name!r} keeps {kept_XE.shape[1]}, a token selects {selected}",
             "Raise --keep, or drop fewer",
         )
+        groups = num_groups(moe)
+        kept_XN = np.stack([np.bincount(own, minlength=groups)
+                            for own in kept_XE // (moe.num_experts // groups)])  # fmt: skip
+        require(
+            bool((kept_XN == kept_XN[:, :1]).all()),
+            "a layer must keep as many experts of every group, so that each stays in its group",
+            f"part {name!r} keeps, of each of {groups} groups, {kept_XN.tolist()} by layer",
+            "Drop as many of each, or use --keep",
+        )
         by_layer = dict(zip(model.layers_of[name], kept_XE.tolist(), strict=True))
         origins[name, name] = origin = Pruned(moe, model.dims, by_layer)
         parts[name] = origin.block
@@ -248,22 +259,38 @@ def prune_experts(config: ExperimentConfig, kept: Mapping[str, np.ndarray]) -> R
     return Remodel(config, new, origins)
 
 
-def used_experts(load: Load, at_least: Mapping[str, int], keep: int | None = None) -> Load:
+def num_groups(moe: Any) -> int:
+    """Groups of experts among which tokens select; 1 without groups."""
+    groups = getattr(moe.router, "groups", None)
+    return 1 if groups is None else groups.num_groups
+
+
+def used_experts(
+    load: Load,
+    at_least: Mapping[str, int],
+    keep: int | None = None,
+    groups: Mapping[str, int] = types.MappingProxyType({}),
+) -> Load:
     """The experts that a text uses, by part [X, E'].
 
     All layers of a part keep the same number: the most used in any layer. Each keeps its most
-    loaded experts.
+    loaded experts. With groups of experts, this holds for each group.
 
     Args:
       load: of the text.
       at_least: by part, the minimum per layer: the number that a token selects.
-      keep: number per layer to keep instead.
+      keep: number per layer to keep instead, rounded up to a multiple of the groups.
+      groups: by part, the number of groups of experts; 1 if absent.
     """
     kept = {}
     for part, load_XE in load.items():
-        count = keep or max(int((load_XE > 0).sum(axis=-1).max()), at_least[part])
-        most_XE = np.argsort(-load_XE, axis=-1, kind="stable")[:, :count]
-        kept[part] = np.sort(most_XE, axis=-1)
+        num = groups.get(part, 1)
+        load_XNE = load_XE.reshape(len(load_XE), num, -1)
+        used = int((load_XNE > 0).sum(axis=-1).max())
+        count = -(-keep // num) if keep else max(used, -(-at_least[part] // num))
+        most_XNE = np.sort(np.argsort(-load_XNE, axis=-1, kind="stable")[..., :count], axis=-1)
+        first_N1 = np.arange(num)[:, None] * load_XNE.shape[-1]
+        kept[part] = (first_N1 + most_XNE).reshape(len(load_XE), -1)
     return kept
 
 

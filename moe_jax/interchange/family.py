@@ -48,12 +48,11 @@ FAMILIES = {
 
 NEAREST = 2  # families whose shortcomings are listed if none can express a model
 
-# Model settings that a `config.json` lacks: how the model trains and runs.
+# Model settings that a `config.json` lacks: how the model trains.
 OF_TRAINING = (
     "losses", "capacity", "group_size", "noise", "init_scale", "query_init_scale", "init_stddev",
-    "identical_init",
-    "dropout_rate", "expert_dropout_rate", "compute_dtype", "scan_layers", "remat", "run_experts",
-    "exchange", "exchange_chunks", "rate", "schedule", "frozen_fraction", "anneal_from",
+    "identical_init", "dropout_rate", "expert_dropout_rate", "compute_dtype", "buffer_factor",
+    "eval_buffer_factor", "stop_at_overflow", "rate", "schedule", "frozen_fraction", "anneal_from",
     "anneal_steps", "weight", "embedding_stddev", "head_init_scale", "allow_constant_gate",
 )  # fmt: skip
 
@@ -116,9 +115,10 @@ class Family:
                 f"a model can be written as {self.name} only if it has its parts: {lacks(error)}",
                 1 if isinstance(error, ValueError) else math.inf,
             ) from error
+        own, read = (to_dict(one, only_results=True) for one in (model, again))
         lines = [
             line
-            for line in difference(to_dict(model), to_dict(again), "config.model")
+            for line in difference(own, read, "config.model")
             if not set(line.partition(":")[0].split(".")) & set(OF_TRAINING)
         ]
         if lines:
@@ -128,8 +128,7 @@ class Family:
                 "or write it as another family.",
                 len(lines),
             )
-        own = {"architectures": [self.architecture], "model_type": self.name}
-        return {**own, **settings}
+        return {"architectures": [self.architecture], "model_type": self.name, **settings}
 
 
 class OtherFamilyError(ValueError):

@@ -5,18 +5,19 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from moe_jax.config.check import require
 from moe_jax.moe.capacity import assign_slots
 from moe_jax.moe.choices import replay_in_groups
 from moe_jax.moe.experts import FeedForward
 from moe_jax.moe.routing import RouterInputs, Routing
 from moe_jax.moe.routing.zero_computation import add_zero_computation, computing_choices
 from moe_jax.moe.run_experts import mix_experts, run_experts
-from moe_jax.moe.run_experts.parallel import Combined
+from moe_jax.moe.run_experts.buffer import Combined
 from moe_jax.moe.run_experts.plan import Plan, plan_experts
 from moe_jax.moe.statistics import measure
 from moe_jax.parallel.rules import constrain
 from moe_jax.parameters import SHARED, linear, of_experts
-from moe_jax.part import Aux, Call, Own
+from moe_jax.part import Aux, Call, Dims, Own
 
 if TYPE_CHECKING:
     from moe_jax.moe.part import MoE
@@ -40,12 +41,13 @@ def moe_block(
       describes. A token whose choices were all dropped gets 0 from the routed experts.
 
     Raises:
-      ValueError: the group size or the choices to replay do not fit the tokens.
+      ValueError: the group size or the choices to replay do not fit the tokens, or the state of
+        `moe.state_specs` is missing.
     """
     call, own = (call or Call()).with_defaults(x_BLM), own or Own()
     rng = own.key(call)
     router_key, queue_key, experts_key = (None,) * 3 if rng is None else jax.random.split(rng, 3)
-    x_GSM, inputs = in_groups(x_BLM, moe, call, own, router_key)
+    x_GSM, inputs = router_inputs(x_BLM, moe, call, own, router_key)
     plan = plan_experts(moe, call.training, inputs.options.dropless)
 
     routing = route(params, x_GSM, moe, inputs)
@@ -58,7 +60,7 @@ def moe_block(
     return y_GSM.reshape(x_BLM.shape), aux
 
 
-def in_groups(
+def router_inputs(
     x_BLM: jax.Array, moe: "MoE", call: Call, own: Own, rng: jax.Array | None
 ) -> tuple[jax.Array, RouterInputs]:
     """Tokens in groups that share a capacity, and the router's other inputs."""
@@ -68,24 +70,41 @@ def in_groups(
     options = moe.options(group_size, call.training, call.capacity)
     tokens_BL, positions_BL, segments_BL = call.tokens_BL, call.positions_BL, call.segments_BL
     assert segments_BL is not None and positions_BL is not None, "with_defaults"
-    tokens_GS = previous_GS = None
-    if tokens_BL is not None:
-        first_B = jnp.full_like(tokens_BL[:, 0], -1) if call.previous_B is None else call.previous_B
-        previous_BL = jnp.concatenate([first_B[:, None], tokens_BL[:, :-1]], axis=1)
-        previous_BL = jnp.where(positions_BL == 0, -1, previous_BL)
-        tokens_GS, previous_GS = (a.reshape(x_GSM.shape[:2]) for a in (tokens_BL, previous_BL))
+    state = own.state or {}
+    missing = sorted(moe.state_specs(Dims(model_dim)).keys() - state.keys())
+    require(
+        not missing,
+        "a block with a selection bias, or with a router that has a state, needs that state",
+        f"Own.state lacks {missing}",
+        "Pass Own(state=...): at first init_parameters(key, moe.state_specs(dims)), then what "
+        "moe.next_state returns; in a model, the state= of LanguageModel.run",
+    )
+
+    def grouped(values_BL: jax.Array | None) -> jax.Array | None:
+        return None if values_BL is None else values_BL.reshape(x_GSM.shape[:2])
+
     return x_GSM, RouterInputs(
         options=options,
         valid_GS=(segments_BL > 0).reshape(x_GSM.shape[:2]),
         positions_GS=positions_BL.reshape(x_GSM.shape[:2]),
-        tokens_GS=tokens_GS,
-        previous_GS=previous_GS,
-        bias_E=(own.state or {}).get("bias_E"),
+        tokens_GS=grouped(tokens_BL),
+        previous_GS=grouped(previous_tokens(call)),
+        bias_E=state.get("bias_E"),
         rng=rng,
         step=call.step,
         replay=replay_in_groups(own.replay, (batch, length), x_GSM.shape[:2], moe, options),
-        state=(own.state or {}).get("router"),
+        state=state.get("router"),
     )
+
+
+def previous_tokens(call: Call) -> jax.Array | None:
+    """int32 [B, L], the id before each token of its document, -1 if none; None without ids."""
+    tokens_BL, first_B = call.tokens_BL, call.previous_B
+    if tokens_BL is None:
+        return None
+    first_B = jnp.full_like(tokens_BL[:, 0], -1) if first_B is None else first_B
+    previous_BL = jnp.concatenate([first_B[:, None], tokens_BL[:, :-1]], axis=1)
+    return jnp.where(call.positions_BL == 0, -1, previous_BL)
 
 
 @jax.named_scope("router")
@@ -137,6 +156,23 @@ def shared_expert(params: Any, x_GSM: jax.Array, moe: "MoE") -> jax.Array:
     if moe.shared_expert_gate:
         y_GSM *= jax.nn.sigmoid(linear(x_GSM, params["gate"]))
     return y_GSM
+
+
+def block_loss_and_metrics(moe: "MoE", aux: Aux) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The weighted losses of one block outside a stack, and its metrics.
+
+    Args:
+      moe: the settings.
+      aux: what `moe_block` returned for the whole batch.
+
+    Returns:
+      float32 scalar, to be added to the loss of the task; metrics by name, as in `docs/training.md`
+      without the dim of layers.
+    """
+    layers = jax.tree.map(lambda a: a[None], aux)  # `Part.loss` and `Part.metrics` are of a stack
+    num_tokens = jnp.maximum(aux.sums["num_tokens"], 1).astype(jnp.float32)
+    metrics = jax.tree.map(lambda a: a[0], moe.metrics(layers))
+    return jnp.asarray(moe.loss(layers, num_tokens, None)), metrics
 
 
 def tokens_per_group(batch: int, length: int, group_size: int) -> int:

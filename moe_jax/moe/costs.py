@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from moe_jax.costs import FLOAT32, Bytes, Cost, Saving, ffn_cost
 from moe_jax.moe.routing import Options
 from moe_jax.moe.run_experts.buffer import most_received_rows
-from moe_jax.moe.run_experts.plan import way_of
+from moe_jax.moe.run_experts.plan import implementation_of
 from moe_jax.parallel.rules import mesh_in_use, num_shards
 from moe_jax.part import Dims
 
@@ -70,11 +70,11 @@ def moving_cost(moe: "MoE", width: int, length: int, itemsize: int) -> Cost:
     the input every choice is a token, and one-hot tensors have entries for each.
     """
     options, rows = training_options(moe, length), expert_rows(moe, length)
-    way, choices = way_of(moe)[0], moe.router.num_choices(options)
+    choices = moe.router.num_choices(options)
     entries = moe.num_experts * options.slots
     copies = choices if moe.gate_on_input else 1
     contractions = 2 * 2 * entries * width
-    by_contraction = way == "einsum" or moe.router.mixes
+    by_contraction = is_by_contraction(moe)
     traffic = width + router_products(moe, Dims(width))[1] + 4 * rows * width
     if by_contraction:
         traffic += 2 * entries * copies + 2 * width
@@ -151,13 +151,17 @@ def expert_rows(moe: "MoE", length: int) -> float:
 
 def reads_outputs(moe: "MoE") -> bool:
     """Whether the gradient of the gates needs the outputs of experts."""
-    by_contraction = way_of(moe)[0] == "einsum" or moe.router.mixes
-    return by_contraction or moe.experts.gates_outputs
+    return is_by_contraction(moe) or moe.experts.gates_outputs
+
+
+def is_by_contraction(moe: "MoE") -> bool:
+    """Whether rows are moved by contractions with [G, S, E, C] tensors."""
+    return implementation_of(moe) == "einsum" or moe.router.mixes
 
 
 def is_sorted(moe: "MoE") -> bool:
     """Whether experts compute sorted rows; a router that mixes tokens always has slots."""
-    return way_of(moe)[0] == "ragged" and not moe.router.mixes
+    return implementation_of(moe) == "ragged" and not moe.router.mixes
 
 
 def memory_rows(moe: "MoE", length: int) -> float:

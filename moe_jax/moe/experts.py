@@ -25,7 +25,7 @@ class Experts:
     Attributes:
       activation: between the matrix products.
       dropout_rate: on the hidden units; off if the layout has no random key.
-      gates_outputs: whether `gated` multiplies outputs, so that the gradient of a gate needs them.
+      gates_outputs: whether gates multiply outputs, so that the gradient of a gate needs them.
     """
 
     gates_outputs: ClassVar[bool] = True
@@ -33,25 +33,26 @@ class Experts:
     activation: Activation
     dropout_rate: float = 0.0
 
-    def __call__(self, x: jax.Array, weights: Weights, layout: Layout) -> jax.Array:
-        """What the experts compute, each row by itself.
+    def __call__(
+        self, x: jax.Array, weights: Weights, layout: Layout, gate: jax.Array | None = None
+    ) -> jax.Array:
+        """What the experts compute, each row by itself, times the gates.
 
         Args:
           x: rows [..., M]; their dtype is the compute dtype.
           weights: arrays by name; their leading dim is E if the layout has more than one expert.
           layout: how rows are multiplied by weights.
+          gate: float32 [..., 1], a factor of each row's output; None: 1. See `gated`.
 
         Returns:
           Rows [..., M] in the dtype of `x`.
         """
         raise NotImplementedError
 
-    def gated(
-        self, x: jax.Array, weights: Weights, layout: Layout, gate: jax.Array | None
-    ) -> jax.Array:
-        """Outputs times the gate of each row, float32 [..., 1]; None: 1."""
-        y = self(x, weights, layout)
-        return y if gate is None else (y * gate).astype(y.dtype)
+
+def gated(y: jax.Array, gate: jax.Array | None) -> jax.Array:
+    """Rows times their gates, float32 [..., 1], in the dtype of the rows; None: 1."""
+    return y if gate is None else (y * gate).astype(y.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,20 +64,8 @@ class FeedForward(Experts):
 
     gates_outputs: ClassVar[bool] = False
 
-    def __init_subclass__(cls) -> None:
-        """Refuses another `__call__` beside this `gated`, which most ways to run experts call."""
-        if "__call__" in vars(cls) and "gated" not in vars(cls):
-            raise TypeError(
-                f"a FeedForward with another __call__ needs another gated: {cls.__name__} has "
-                "none. Derive it from Experts, or override gated."
-            )
-
-    def __call__(self, x: jax.Array, weights: Weights, layout: Layout) -> jax.Array:
-        """See `Experts`."""
-        return self.gated(x, weights, layout, None)
-
-    def gated(
-        self, x: jax.Array, weights: Weights, layout: Layout, gate: jax.Array | None
+    def __call__(
+        self, x: jax.Array, weights: Weights, layout: Layout, gate: jax.Array | None = None
     ) -> jax.Array:
         """See `Experts`; the gate multiplies the hidden units.
 
@@ -97,6 +86,4 @@ class FeedForward(Experts):
             if self.dropout_rate > 0 and layout.rng is not None:
                 keep = jax.random.bernoulli(layout.rng, 1 - self.dropout_rate, hidden.shape)
                 hidden = jnp.where(keep, hidden / (1 - self.dropout_rate), 0)
-            if gate is not None:
-                hidden = (hidden * gate).astype(hidden.dtype)
-            return product(hidden, "o", gate)
+            return product(gated(hidden, gate), "o", gate)

@@ -26,7 +26,7 @@ from moe_jax.moe.load_balance import LoadBalance
 from moe_jax.moe.routing import Options, Router
 from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.moe.run_experts.grouped_matmul import KERNELS
-from moe_jax.moe.run_experts.plan import EXCHANGES, WAYS, plan_experts
+from moe_jax.moe.run_experts.plan import EXCHANGES, IMPLEMENTATIONS, plan_experts
 from moe_jax.parameters import Axes, ParameterSpec, ffn_specs, truncated_normal_init, zeros
 from moe_jax.part import Aux, Call, Dims, Output, Own, Part, RunShape, Sums, check_divides
 
@@ -66,8 +66,8 @@ class MoE(Part):
     losses: tuple[BalanceLoss, ...] = (LoadBalance(weight=0.01), RouterZ())  # summed by weight
     bias: BiasUpdate | None = None  # loss-free balancing by a selection bias; None: no bias
     capacity: Capacity = Capacity()  # slots per expert, and which choices get them
-    # How rows reach their experts; "auto": the fastest way.
-    run_experts: str = setting("auto", choices=WAYS, changes_results=False)
+    # How rows reach their experts; "auto": the fastest for the platform.
+    run_experts: str = setting("auto", choices=IMPLEMENTATIONS, changes_results=False)
     # Kernel that multiplies sorted rows by weights; "auto": the best on the platform.
     grouped_matmul: str = setting("auto", choices=KERNELS, changes_results=False)
     # How rows move between devices: "compiler" by constraints, "explicit" by shard_map.
@@ -134,7 +134,7 @@ class MoE(Part):
             )
             require(
                 factor == 0 or self.run_experts in ("auto", "ragged"),
-                f"{name} is for run_experts='ragged': other ways have a fixed number of slots",
+                f"{name} is for run_experts='ragged': the others have a fixed number of slots",
                 f"{name}={factor:g}, run_experts={self.run_experts!r}",
                 f"Set run_experts='ragged', or {name}=0",
             )
@@ -244,7 +244,7 @@ class MoE(Part):
             return True
         num_choices = self.router.num_choices(self.options(self.group_size or 1, training))
         can_drop = self.capacity_factor(training) > 0
-        return can_drop and self.capacity.queue.looks_ahead(num_choices)
+        return can_drop and self.capacity.queue.looks_ahead(num_choices=num_choices)
 
     def buffer_loses(self, training: bool) -> bool:
         """Whether a bounded buffer can lose rows, in training or in evaluation."""
@@ -265,7 +265,9 @@ class MoE(Part):
                 self.bias.rate_at(step, num_steps), self.num_selected_experts,
             )  # fmt: skip
         if "router" in state:
-            following["router"] = self.router.next_state(state["router"], sums, step)
+            following["router"] = self.router.next_state(
+                state["router"], sums, step, num_steps
+            )
         return following
 
     def steps_alike(self, num_steps: int) -> float:
@@ -302,13 +304,13 @@ class MoE(Part):
         """See `Part`: metrics of the routing and the router; unweighted balance losses by layer."""
         num_tokens = jnp.maximum(aux.sums["num_tokens"][0], 1).astype(jnp.float32)
         metrics = statistics.routing_metrics(aux)
-        metrics |= self.router.metrics(aux.sums) if self.num_options > 1 else {}
+        metrics |= self.router.metrics(aux) if self.num_options > 1 else {}
         for name, loss in named_losses(self.losses):
             metrics[name] = loss.by_layer(aux.sums["losses"][name], num_tokens)
         return metrics | {"router_loss": aux.sums["router_loss"] / num_tokens}
 
     def resolved(self, dtype: str, in_prefix: bool = False) -> Part:
-        """See `Part`: fixes how experts run; a router that mixes tokens has only one way."""
+        """See `Part`: fixes how experts run; a router that mixes tokens has one implementation."""
         if self.run_experts != "auto" or self.router.mixes:
             return self
         plan = plan_experts(self)

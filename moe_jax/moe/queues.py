@@ -17,9 +17,9 @@ class Queue(Settings):
     family: ClassVar[str] = "queue"
     needs_rng: ClassVar[bool] = False
 
-    def looks_ahead(self, num_selected: int) -> bool:
+    def looks_ahead(self, *, num_choices: int) -> bool:
         """Whether a token's slots can depend on later tokens of its group, with K choices."""
-        del num_selected
+        del num_choices
         return True
 
     def slots(
@@ -39,7 +39,7 @@ class Queue(Settings):
 class TokenMajor(Queue):
     """Token by token; within a token, the best choice first (MaxText)."""
 
-    def looks_ahead(self, num_selected: int) -> bool:
+    def looks_ahead(self, *, num_choices: int) -> bool:
         """See `Queue`."""
         return False
 
@@ -88,9 +88,9 @@ class ChoiceMajor(OrderedQueue):
     With K > 1 the first choice of a later token can displace the second choice of an earlier token.
     """
 
-    def looks_ahead(self, num_selected: int) -> bool:
+    def looks_ahead(self, *, num_choices: int) -> bool:
         """See `Queue`."""
-        return num_selected > 1
+        return num_choices > 1
 
     def order(
         self, routing: Routing, expert_index_GSK: jax.Array, rng: jax.Array | None

@@ -85,15 +85,19 @@ def sparse(config: Reader) -> MoE:
         f"Use one of {list(GATED)}",
     )
     order = own.or_absent("moe_normalize_expert_weights", 1.0)
+    require(
+        order in (None, 1),
+        "gates are divided by their sum, the L_1 norm, or by nothing",
+        f"moe_normalize_expert_weights={order}",
+        "Use 1 or null",
+    )
     selected = own.get("moe_top_k", 1)
     return MoE(
         num_experts=own.get("moe_num_experts", 4),
         num_selected_experts=selected,
         expert_dim=own.get("ffn_hidden_size", 3584),
         activation=gated_activation(Reader({"hidden_act": activation["name"]})),
-        router=TokenChoice(
-            norm_order=None if order is None else float(order), allow_constant_gate=selected == 1
-        ),
+        router=TokenChoice(renormalize=order is not None, allow_constant_gate=selected == 1),
         losses=(HuggingFaceLoadBalance(weight=own.get("moe_loss_weight", 0.01)),),
         capacity=DROPLESS,
     )
@@ -124,7 +128,7 @@ def settings(model: LanguageModel) -> dict[str, Any]:
             "ffn_hidden_size": moe.expert_dim,
             "moe_num_experts": moe.num_experts,
             "moe_top_k": moe.num_selected_experts,
-            "moe_normalize_expert_weights": moe.router.norm_order,
+            "moe_normalize_expert_weights": 1.0 if moe.router.renormalize else None,
             "moe_loss_weight": aux_weight(moe),
         },
     }

@@ -25,6 +25,7 @@ from moe_jax.moe.balance import RouterZ
 from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.load_balance import HuggingFaceSwitchLoadBalance
 from moe_jax.moe.part import MoE
+from moe_jax.moe.queues import ChoiceMajor, TokenMajor
 from moe_jax.moe.routing.logits import Linear
 from moe_jax.moe.routing.token_choice import TokenChoice
 
@@ -38,6 +39,7 @@ GATED: dict[str, type[Activation]] = {
 # Tables of older files that no layer reads, and the embedding in addition to both stacks' own.
 IGNORED = (r".*\.EncDecAttention\.relative_attention_bias\.weight", r"shared\.weight")
 CAPACITY = 64  # slots per expert, if a Switch config.json has none
+NO_CAPACITY = 2**31 - 1  # slots that no text fills: transformers has no dropless Switch
 
 
 def stack_rules(side: str, prefix: str, ffn: str, gated: bool, moe: str) -> tuple[Rule, ...]:
@@ -303,13 +305,31 @@ def switch_model(config: Reader) -> LanguageModel:
 
 def switch_settings(model: LanguageModel) -> dict[str, Any]:
     """The config.json of a Switch Transformer."""
-    parts: Mapping[str, Any] = model.part
-    moe = parts["moe"] if "moe" in parts else parts["encoder_moe"]
+    blocks: list[Any] = [model.part[name] for name in ("moe", "encoder_moe") if name in model.part]
+    moe, slots = blocks[0], [block.capacity.slots for block in blocks]
+    require(
+        len(set(slots)) == 1,
+        "both stacks of a Switch Transformer have the same number of slots",
+        f"capacity.slots of decoder and encoder: {slots}",
+        "Set one number, or 0",
+    )
+    queues = [block.capacity.queue for block in blocks]
+    require(
+        slots[0] == 0
+        or (
+            all(isinstance(queue, TokenMajor | ChoiceMajor) for queue in queues)
+            and not any(block.group_size for block in blocks)
+        ),
+        "slots are those of a sequence, in the order of its tokens",
+        f"capacity.slots={slots[0]}, capacity.queue={queues}, "
+        f"group_size={[block.group_size for block in blocks]}",
+        "Set group_size=0 and the queue 'token_major', or slots=0, which is written as dropless",
+    )
     return {
         **settings_of(model),
         "d_ff": moe.expert_dim,
         "num_experts": moe.num_experts,
-        "expert_capacity": moe.capacity.slots or CAPACITY,
+        "expert_capacity": slots[0] or NO_CAPACITY,
         **router_loss_settings(moe),
         "num_sparse_encoder_layers": num_sparse(model.layouts["encoder"], "encoder_moe"),
         "num_sparse_decoder_layers": num_sparse(model.stack, "moe"),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from moe_jax.config.settings import Settings, setting
 from moe_jax.parallel.rules import mesh_in_use, partition_spec
-from moe_jax.part import DTYPES, NOTHING, Dims, RunShape, Sums
+from moe_jax.part import DTYPES, NOTHING, Aux, Dims, RunShape, Sums
 
 if TYPE_CHECKING:
     from moe_jax.moe.part import MoE
@@ -136,6 +136,11 @@ class RouterInputs(NamedTuple):
     replay: Choices | None = None
     state: Any = None
 
+    @property
+    def training(self) -> bool:
+        """Whether this is a training pass."""
+        return self.rng is not None
+
 
 @dataclasses.dataclass(frozen=True)
 class Router(Settings):
@@ -222,25 +227,17 @@ class Router(Settings):
         del dims, options
         return {}
 
-    def next_state(self, state: Any, sums: Sums, step: jax.Array) -> Any:
-        """The state of all layers after a step.
+    def next_state(self, state: Any, sums: Sums, step: jax.Array, num_steps: int) -> Any:
+        """The state of all layers after a step; see `Part.next_state`.
 
-        Args:
-          state: arrays with a leading dim of layers.
-          sums: of the block over the whole batch, with a leading dim of layers; they include
-            `assigned_KE`, `num_tokens` and, as "router", `Routing.sums`.
-          step: int32 scalar, 0 for the first step.
+        `sums` of the block include `assigned_KE`, `num_tokens` and, as "router", `Routing.sums`.
         """
-        del sums, step
+        del sums, step, num_steps
         return state
 
-    def metrics(self, sums: Sums) -> dict[str, jax.Array]:
-        """Metrics of a step in addition to those of every block; `sums` as in `next_state`.
-
-        Returns:
-          Arrays with a leading dim of layers.
-        """
-        del sums
+    def metrics(self, aux: Aux) -> dict[str, jax.Array]:
+        """Metrics of a step in addition to those of every block; see `Part.metrics`."""
+        del aux
         return {}
 
     def only_option(self, x_GSM: jax.Array) -> Routing:

@@ -16,7 +16,7 @@ from moe_jax.config.check import require
 from moe_jax.moe.routing import RouterInputs, Routing, choose, top_k
 from moe_jax.moe.routing.auction import balanced_assignment
 from moe_jax.moe.routing.logits import LogitRouter, Score, Softmax, check_gate
-from moe_jax.moe.routing.token_choice import plain_gates
+from moe_jax.moe.routing.token_choice import selected_gates
 from moe_jax.parallel.rules import mesh_in_use, partition_spec
 
 if TYPE_CHECKING:
@@ -57,16 +57,16 @@ class Sinkhorn(LogitRouter):
         scores_GSE = self.score.scores(logits_GSE, probs_GSE)
         if inputs.replay is None:
             selection_GSE = jax.lax.stop_gradient(logits_GSE).astype(jnp.float32)
-            if inputs.rng is not None:
+            if inputs.training:
                 potential_GE = by_group(sinkhorn_potentials, selection_GSE, inputs.valid_GS)
                 selection_GSE += potential_GE[:, None]
             expert_index_GSK = top_k(selection_GSE, inputs.options.num_selected)[1]
             chosen_GSK = jnp.ones(expert_index_GSK.shape, jnp.bool_)
         else:
             expert_index_GSK, chosen_GSK = inputs.replay.expert_index, inputs.replay.chosen
-        gate_GSK = plain_gates(
-            self.score, 1.0 if self.renormalize else None, logits_GSE, scores_GSE, expert_index_GSK,
-            jnp.ones(expert_index_GSK.shape, jnp.bool_),
+        gate_GSK = selected_gates(
+            self.score, self.renormalize, logits_GSE, scores_GSE, expert_index_GSK,
+            summed_GSK=jnp.ones(expert_index_GSK.shape, jnp.bool_),
         )  # fmt: skip
         return self.routing(logits, probs_GSE, expert_index_GSK, gate_GSK, chosen_GSK)
 
@@ -103,7 +103,7 @@ class Base(LogitRouter):
         chosen_GSK = jnp.ones((*x_GSM.shape[:2], 1), jnp.bool_)
         if inputs.replay is not None:
             expert_index_GSK, chosen_GSK = inputs.replay.expert_index, inputs.replay.chosen
-        elif inputs.rng is None:
+        elif not inputs.training:
             expert_index_GSK = top_k(affinity_GSE, 1)[1]
         else:
             expert_index_GSK = by_group(balanced_assignment, affinity_GSE, inputs.valid_GS)

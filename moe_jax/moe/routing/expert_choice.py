@@ -109,7 +109,7 @@ class ExpertChoice(LogitRouter):
         valid_GS1 = inputs.valid_GS[..., None]
         scores_GSE = jnp.where(valid_GS1, jax.lax.stop_gradient(probs_GSE), -1)
         loss_GS = None
-        if self.fills_slots(training=inputs.rng is not None):
+        if self.fills_slots(training=inputs.training):
             is_taken_GSE = best_of_columns(scores_GSE, inputs.options.slots)
             if self.predictor_loss_weight > 0:
                 predicted_GSE = self.predict(params, x_GSM)

@@ -56,6 +56,11 @@ class Projection(Settings):
         """
         raise NotImplementedError
 
+    @property
+    def constant_from(self) -> int:
+        """The number of finished steps from which `logits` do not depend on the step."""
+        return 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Linear(Projection):
@@ -86,6 +91,11 @@ class Linear(Projection):
             return logits_GSE
         divisor = annealed(self.anneal_from, self.temperature, self.anneal_steps, step)
         return logits_GSE / jnp.asarray(divisor, logits_GSE.dtype)
+
+    @property
+    def constant_from(self) -> int:
+        """See `Projection`."""
+        return self.anneal_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,11 +199,11 @@ def check_gate(score: Score, renormalize: bool, moe: "MoE", *, allowed: bool | N
 
     Args:
       score: the router's score.
-      renormalize: whether the gates are divided by their norm.
+      renormalize: whether the gates are divided by their sum.
       moe: the block.
       allowed: whether the router accepts a constant gate; None: it has no such setting.
     """
-    changes = ["renormalize=False" + " and norm_order=None" * (allowed is not None)] * renormalize
+    changes = ["renormalize=False"] * renormalize
     changes += ["score='softmax' or 'sigmoid'"] * score.over_selected
     require(
         bool(allowed)

@@ -34,8 +34,6 @@ class TokenChoice(LogitRouter):
     # Accept a gate that is always 1, such as a renormalised gate with K = 1. Then only balance
     # losses train the router.
     allow_constant_gate: bool = False
-    # Divide the K selected gates by their L_p norm with this p (DBRX); None: do not.
-    norm_order: float | None = setting(None, above=0)
     groups: ExpertGroups | None = None  # group-limited selection; None: among all experts
     selection: Selection | None = None  # in training: "sampled", "sampled_rest"; None: the K best
     # In training: probability that an expert is excluded from all choices of a layer in a step.
@@ -53,18 +51,11 @@ class TokenChoice(LogitRouter):
             f"eval_choices={self.eval_choices}",
             "Use None, 'first' or 'threshold'",
         )
-        require(
-            self.norm_order is None or not self.renormalize,
-            "gates are divided by their sum or by their L_p norm, not by both",
-            f"renormalize={self.renormalize}, norm_order={self.norm_order}",
-            "Set renormalize=False; norm_order=1 is the sum",
-        )
 
     @property
     def gates_need_all_choices(self) -> bool:
         """See `Router`: policies of later choices act after gates are normalised, top_p before."""
-        normalizes = self.renormalize or self.norm_order is not None or self.score.over_selected
-        return normalizes and self.top_p == 1
+        return (self.renormalize or self.score.over_selected) and self.top_p == 1
 
     @property
     def has_smooth_load(self) -> bool:
@@ -88,13 +79,12 @@ class TokenChoice(LogitRouter):
 
     def check_block(self, moe: "MoE") -> None:
         """See `Router`."""
-        renormalizes = self.renormalize or self.norm_order is not None
-        check_gate(self.score, renormalizes, moe, allowed=self.allow_constant_gate)
+        check_gate(self.score, self.renormalize, moe, allowed=self.allow_constant_gate)
         require(
             self.allow_constant_gate
             or moe.num_options == 1
             or self.top_p * moe.num_options > 1
-            or not (renormalizes or self.score.over_selected),
+            or not (self.renormalize or self.score.over_selected),
             "with top_p of at most 1 / num_experts every token keeps one expert, whose "
             "renormalised gate is always 1, and the router gets no gradient from the task",
             f"router.top_p={self.top_p}, experts to choose from: {moe.num_options}",
@@ -130,10 +120,21 @@ class TokenChoice(LogitRouter):
         if replay is None:
             selection_GSE = self.select_by(logits_GSE, scores_GSE, probs_GSE, inputs)
             expert_index_GSK = top_k(jax.lax.stop_gradient(selection_GSE), num_selected)[1]
+            chosen_GSK = jnp.ones(expert_index_GSK.shape, jnp.bool_)
+            if self.top_p < 1:
+                chosen_GSK = within_top_p(choose(probs_GSE, expert_index_GSK), self.top_p)
         else:
-            expert_index_GSK = replay.expert_index
-        gate_GSK, chosen_GSK = self.gates(logits_GSE, scores_GSE, probs_GSE, expert_index_GSK,
-                                          inputs)  # fmt: skip
+            self.check_replay()
+            expert_index_GSK, chosen_GSK = replay.expert_index, replay.chosen
+        # top_p acts before gates are renormalised, a policy of later choices after: what a policy
+        # removes is part of the sum, also in a replay.
+        summed_GSK = chosen_GSK if self.top_p < 1 else jnp.ones_like(chosen_GSK)
+        gate_GSK = selected_gates(
+            self.score, self.renormalize, logits_GSE, scores_GSE, expert_index_GSK, summed_GSK
+        )
+        policy = self.choices if inputs.training else self.eval_choices
+        if policy is not None and replay is None:
+            chosen_GSK &= policy.counts(gate_GSK, inputs.rng)
         unbiased_GSK = None
         if inputs.bias_E is not None or self.groups is not None:
             unbiased_GSK = top_k(jax.lax.stop_gradient(logits_GSE), num_selected)[1]
@@ -168,38 +169,9 @@ class TokenChoice(LogitRouter):
                 inputs.rng, self.drop_rate, options.num_options, options.num_selected
             )
             selection_GSE = jnp.where(allowed_E, selection_GSE, -jnp.inf)
-        if inputs.rng is None or self.selection is None:
-            return selection_GSE
-        return self.selection.perturb(selection_GSE, probs_GSE, inputs.rng)
-
-    def gates(
-        self,
-        logits_GSE: jax.Array,
-        scores_GSE: jax.Array,
-        probs_GSE: jax.Array,
-        expert_index_GSK: jax.Array,
-        inputs: RouterInputs,
-    ) -> tuple[jax.Array, jax.Array]:
-        """The gates of all choices, unscaled, and which choices count.
-
-        top_p applies before renormalisation, the policies of later choices after it.
-        """
-        chosen_GSK = jnp.ones(expert_index_GSK.shape, jnp.bool_)
-        if inputs.replay is not None:
-            self.check_replay()
-            chosen_GSK = inputs.replay.chosen
-        elif self.top_p < 1:
-            chosen_GSK = within_top_p(choose(probs_GSE, expert_index_GSK), self.top_p)
-        # Choices that a policy removes still count in the normalising sum, also in a replay.
-        counted_GSK = chosen_GSK if self.top_p < 1 else jnp.ones_like(chosen_GSK)
-        norm_order = 1.0 if self.renormalize else self.norm_order
-        gate_GSK = plain_gates(
-            self.score, norm_order, logits_GSE, scores_GSE, expert_index_GSK, counted_GSK
-        )
-        policy = self.eval_choices if inputs.rng is None else self.choices
-        if policy is not None and inputs.replay is None:
-            chosen_GSK &= policy.counts(gate_GSK, inputs.rng)
-        return gate_GSK, chosen_GSK
+        if inputs.rng is not None and self.selection is not None:
+            selection_GSE = self.selection.perturb(selection_GSE, probs_GSE, inputs.rng)
+        return selection_GSE
 
     def check_replay(self) -> None:
         """Checks that recorded choices are enough for a replay."""
@@ -212,25 +184,20 @@ class TokenChoice(LogitRouter):
         )
 
 
-def plain_gates(
+def selected_gates(
     score: Score,
-    norm_order: float | None,
+    renormalize: bool,
     logits_GSE: jax.Array,
     scores_GSE: jax.Array,
     expert_index_GSK: jax.Array,
-    counted_GSK: jax.Array,
+    summed_GSK: jax.Array,
 ) -> jax.Array:
-    """The scores of the choices, [G, S, K], 0 if not counted.
+    """The gates of the choices, unscaled: [G, S, K], 0 where `summed_GSK` is False.
 
-    They are divided by their L_p norm with p = `norm_order`; 1 means their sum. None means no
-    division, or by the sum if `score.over_selected`. In log space this is exact even if scores
-    underflow.
+    They are the scores, divided by their sum if `renormalize` or `score.over_selected`. In log
+    space this is exact even if scores underflow.
     """
-    if norm_order is None and not score.over_selected:
-        return jnp.where(counted_GSK, choose(scores_GSE, expert_index_GSK), 0)
+    if not (renormalize or score.over_selected):
+        return jnp.where(summed_GSK, choose(scores_GSE, expert_index_GSK), 0)
     selected_GSK = choose(score.log_scores(logits_GSE), expert_index_GSK)
-    selected_GSK = jnp.where(counted_GSK, selected_GSK, -jnp.inf)
-    if norm_order in (None, 1):
-        return jax.nn.softmax(selected_GSK, axis=-1)
-    log_norm_GS1 = jax.nn.logsumexp(norm_order * selected_GSK, axis=-1, keepdims=True) / norm_order
-    return jnp.exp(selected_GSK - log_norm_GS1)
+    return jax.nn.softmax(jnp.where(summed_GSK, selected_GSK, -jnp.inf), axis=-1)

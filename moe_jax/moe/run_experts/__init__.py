@@ -1,6 +1,6 @@
 """Runs experts: moves rows to them, computes, and combines outputs by token (see `moe_jax.moe`).
 
-A `Plan` selects a way. All ways agree in value and in every gradient:
+A `Plan` selects an implementation. All agree in value and in every gradient:
 
   einsum  contracts one-hot tensors of shape GSEC; the reference. In addition to the experts it
           costs 4 * G*S * S*K*factor * M FLOPs, which grow with the group.
@@ -11,7 +11,7 @@ On a mesh, rows move between devices by one of two exchanges:
 
   compiler  arrays are global, constraints set their sharding, and the compiler inserts the
             all-to-all. For einsum and gather.
-  explicit  one program per device, with explicit collectives. For all ways.
+  explicit  one program per device, with explicit collectives. For all three.
 """
 
 import dataclasses
@@ -23,8 +23,10 @@ import jax.numpy as jnp
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.routing import Mixing
+from moe_jax.moe.run_experts.buffer import Combined
 from moe_jax.moe.run_experts.fsdp_weights import AllGathered
-from moe_jax.moe.run_experts.parallel import SLOT_WAYS, Combined, run_parallel
+from moe_jax.moe.run_experts.gather import RUN_BY_SLOTS
+from moe_jax.moe.run_experts.parallel import run_parallel
 from moe_jax.moe.run_experts.plan import Plan
 from moe_jax.moe.run_experts.rows import run_sorted_rows
 from moe_jax.moe.run_experts.slots import mix_slots
@@ -43,8 +45,8 @@ def run_experts(
 ) -> Combined:
     """Moves every kept choice to its expert and back, and sums the outputs by token.
 
-    All ways below have these arguments, and return [G, S, M] in the dtype of `x_GSM`: the gated sum
-    over a token's kept choices. Their docstrings state the differences.
+    All implementations have these arguments, and return [G, S, M] in the dtype of `x_GSM`: the sum
+    over a token's kept choices, times their gates. Docstrings state the differences.
 
     Args:
       x_GSM: tokens, in the compute dtype.
@@ -67,8 +69,8 @@ def run_experts(
     if plan.rows == "ragged":
         y_GSM = run_sorted_rows(x_GSM, assignment, weights, experts, rng, kernel=plan.kernel)
     else:
-        way = SLOT_WAYS[plan.rows]
-        y_GSM = way(x_GSM, assignment, weights, experts, rng, plan.by_constraint)
+        run_slots = RUN_BY_SLOTS[plan.rows]
+        y_GSM = run_slots(x_GSM, assignment, weights, experts, rng, plan.by_constraint)
     return Combined(y_GSM, assignment.kept_GSK)
 
 

@@ -1,4 +1,4 @@
-"""The buffer of rows that a device receives: its size, and which rows do not fit.
+"""The outputs of experts, and the buffer of rows that a device receives.
 
 Legend: `moe_jax.moe`; here also Q, devices that experts are split over, and W, rows of the buffer.
 """
@@ -31,6 +31,21 @@ class Buffer(NamedTuple):
         """Combines devices or chunks, which are a leading dim."""
         overflow = jnp.sum(self.overflow, dtype=jnp.int32)
         return Buffer(overflow, jnp.max(self.rows), jnp.max(self.factor))
+
+
+class Combined(NamedTuple):
+    """The outputs of experts, by token.
+
+    Attributes:
+      y: [G, S, M], or [J, M] for the tokens of all groups, in the dtype of the tokens.
+      kept: bool, [G, S, K] or [J, K]: the choices that were computed: those that the assignment
+        kept, except those that do not fit in a bounded buffer.
+      buffer: statistics of the buffer if it is bounded; else None.
+    """
+
+    y: jax.Array
+    kept: jax.Array
+    buffer: Buffer | None = None
 
 
 def most_received_rows(

@@ -108,7 +108,7 @@ def _forward(
 
     def body(y_RM: jax.Array, weights_e: Weights, block: Block) -> jax.Array:
         x_WM, gate_W1 = _gather_rows(x_JM, token_R, block), _rows_of(gate_R1, block)
-        y_WM = experts.gated(x_WM, weights_e, OneExpert(rng, block.start), gate_W1)
+        y_WM = experts(x_WM, weights_e, OneExpert(rng, block.start), gate_W1)
         return lax.dynamic_update_slice_in_dim(y_RM, y_WM, block.start, 0)
 
     y_RM = jnp.zeros_like(x_JM, shape=(token_R.shape[0], x_JM.shape[1]))
@@ -136,7 +136,7 @@ def _backward(
 
         def compute(x_WM: jax.Array, gate_W1: jax.Array, learned_e: list[jax.Array]) -> jax.Array:
             weights_e = jax.tree.unflatten(tree, replace(arrays_e, learns, learned_e))
-            return experts.gated(x_WM, weights_e, layout, gate_W1)
+            return experts(x_WM, weights_e, layout, gate_W1)
 
         _, vjp = jax.vjp(compute, x_WM, gate_W1, select(arrays_e, learns))
         *drows_W, dweights_e = vjp(_gather_rows(dy_JM, token_R, block))
@@ -287,7 +287,7 @@ def one_by_one(
         for k in range(num_choices):
             layout = OneExpert(rng, jnp.int32(j * num_choices + k))
             weights_e, gate_11 = expert_of(weights, expert_JK[j, k]), gate_JK[j : j + 1, k : k + 1]
-            row_1M = experts.gated(x_1M.astype(x_JM.dtype), weights_e, layout, gate_11)
+            row_1M = experts(x_1M.astype(x_JM.dtype), weights_e, layout, gate_11)
             y_1M += jnp.where(kept_JK[j, k], row_1M.astype(jnp.float32), 0)
         y_JM.append(y_1M)
     return jnp.concatenate(y_JM).astype(x_JM.dtype)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.run_experts.exchange import BY_CONSTRAINT, Exchange
-from moe_jax.moe.run_experts.slots import run_slots
+from moe_jax.moe.run_experts.slots import run_einsum, run_slots
 
 
 class Places(NamedTuple):
@@ -61,6 +61,9 @@ def run_gather(
     y_EGCM = run_slots(x_EGCM, gate_EGC1, weights, experts, rng, exchange)
     y_GPM = y_EGCM.swapaxes(0, 1).reshape(groups, num_slots, model_dim)
     return jax.vmap(combine)(y_GPM, places)
+
+
+RUN_BY_SLOTS = {"einsum": run_einsum, "gather": run_gather}
 
 
 def choice_in_slot(slot_SK: jax.Array, num_slots: int) -> jax.Array:

@@ -5,7 +5,7 @@ All slots are exchanged, filled or not; of rows sorted by expert, only the kept 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.run_experts.buffer import (
     Buffer,
+    Combined,
     buffer_rows,
     keep_first,
     most_received_rows,
@@ -23,33 +24,16 @@ from moe_jax.moe.run_experts.buffer import (
 )
 from moe_jax.moe.run_experts.exchange import ByAllToAll
 from moe_jax.moe.run_experts.fsdp_weights import in_compute_dtype
-from moe_jax.moe.run_experts.gather import combine, fill, fill_gates, run_gather
+from moe_jax.moe.run_experts.gather import RUN_BY_SLOTS, combine, fill, fill_gates
 from moe_jax.moe.run_experts.grouped_matmul import says_how_it_varies
 from moe_jax.moe.run_experts.plan import Plan
 from moe_jax.moe.run_experts.rows import num_experts_of, run_sorted_rows, through_sorted_rows
-from moe_jax.moe.run_experts.slots import run_einsum
 from moe_jax.moe.run_experts.sorting import UngroupedChoices, sort_by_expert, without_groups
 from moe_jax.parallel.collectives import ragged_all_to_all, vary
 from moe_jax.parallel.rules import mesh_axes, mesh_in_use, num_shards, partition_spec
 from moe_jax.parameters import Axes, weight_axes
 
 TOKEN_AXES = ("group", None, None)
-SLOT_WAYS = {"einsum": run_einsum, "gather": run_gather}
-
-
-class Combined(NamedTuple):
-    """The outputs of experts, by token.
-
-    Attributes:
-      y: [G, S, M], or [J, M] for the tokens of all groups, in the dtype of the tokens.
-      kept: bool, [G, S, K] or [J, K]: the choices that were computed: those that the assignment
-        kept, except those that do not fit in a bounded buffer.
-      buffer: statistics of the buffer if it is bounded; else None.
-    """
-
-    y: jax.Array
-    kept: jax.Array
-    buffer: Buffer | None = None
 
 
 def run_parallel(
@@ -102,7 +86,7 @@ def run_parallel(
             y_GSM, buffer = run_sorted_rows(*operands, kernel=plan.kernel), None
         else:
             exchange = ByAllToAll(expert_axes, plan.num_chunks)
-            y_GSM, buffer = SLOT_WAYS[plan.rows](*operands, exchange), None
+            y_GSM, buffer = RUN_BY_SLOTS[plan.rows](*operands, exchange), None
         y_GSM = jax.lax.psum(y_GSM, tensor)
         if buffer is None:
             return y_GSM, None, None
@@ -279,7 +263,7 @@ def through_ragged_exchange(
         overflow = jnp.sum(sent_JK & ~choices.kept_JK, dtype=jnp.int32)
         buffer = Buffer(overflow, most_sent, most_sent.astype(jnp.float32) / sent_JK.size)
     places = order.places(choices.kept_JK)
-    there, back = ways_of_rows(rows_QE, num_own, me)
+    there, back = ragged_exchange_arguments(rows_QE, num_own, me)
 
     def sent(rows: jax.Array) -> jax.Array:
         empty = jnp.zeros_like(rows, shape=(max_rows, rows.shape[1]))
@@ -298,7 +282,7 @@ def through_ragged_exchange(
     return Combined(combine(y_RM, places), choices.kept_JK, buffer)
 
 
-def ways_of_rows(
+def ragged_exchange_arguments(
     rows_QE: jax.Array, num_own: int, me: jax.Array
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """Arguments of `ragged_all_to_all` that send a device's rows, and that return computed rows.

@@ -10,7 +10,7 @@ from moe_jax.parallel.rules import mesh_in_use
 if TYPE_CHECKING:
     from moe_jax.moe.part import MoE
 
-WAYS = ("auto", "einsum", "gather", "ragged")
+IMPLEMENTATIONS = ("auto", "einsum", "gather", "ragged")
 EXCHANGES = ("auto", "compiler", "explicit")
 
 
@@ -53,42 +53,49 @@ class Plan:
         return f"{self.rows} rows{kernel}{by}{chunks}{gates}{buffer}"
 
 
-def way_of(moe: "MoE", training: bool = True, dropless: bool | None = None) -> tuple[str, str]:
-    """`Plan.rows` and `Plan.exchange` of a block for the mesh and the platform in use.
+def implementation_of(moe: "MoE", training: bool = True, dropless: bool | None = None) -> str:
+    """`Plan.rows` of a block for the mesh and the platform in use.
 
-    On one CPU, "auto" is ragged, the fastest way, which is a loop there. Elsewhere it is the way
-    with the fewest FLOPs and bytes (docs/parallelism.md): gather with a capacity, and ragged
-    without, since dropless slots are E / K times the rows. The compiler's exchange overlaps more.
-    But if experts span slices, it sends whole slots between slices, not slice by slice; then "auto"
-    is explicit.
+    On one CPU, "auto" is ragged, which is a loop there and the fastest. Elsewhere it is what has
+    the fewest FLOPs and bytes (docs/parallelism.md): gather with a capacity, and ragged without,
+    since dropless slots are E / K times the rows.
 
     Args:
       moe: the settings.
       training: whether this is a training pass.
       dropless: whether every choice is kept; None: by the settings.
     """
-    mesh, rows, exchange = mesh_in_use(), moe.run_experts, moe.exchange
-    if rows == "auto":
-        if dropless is None:
-            dropless = moe.capacity_factor(training) == 0
-        rows = "ragged" if prefers_sorted_rows(moe, dropless) else "gather"
+    if moe.run_experts != "auto":
+        return moe.run_experts
+    if dropless is None:
+        dropless = moe.capacity_factor(training) == 0
+    return "ragged" if prefers_sorted_rows(moe, dropless) else "gather"
+
+
+def exchange_of(moe: "MoE", rows: str) -> str:
+    """`Plan.exchange` of a block for the mesh in use.
+
+    The compiler's exchange overlaps more. But if experts span slices, it sends whole slots between
+    slices, not slice by slice; then "auto" is explicit. Sorted rows have no other.
+    """
+    mesh = mesh_in_use()
     if mesh is None:
-        exchange = "none"
-    elif rows == "ragged":
-        exchange = "explicit"
-    elif exchange == "auto":
-        spans_slices = mesh.shape.get("expert_slice", 1) > 1
-        exchange = "explicit" if spans_slices else "compiler"
-    return rows, exchange
+        return "none"
+    if rows == "ragged":
+        return "explicit"
+    if moe.exchange != "auto":
+        return moe.exchange
+    return "explicit" if mesh.shape.get("expert_slice", 1) > 1 else "compiler"
 
 
 def plan_experts(moe: "MoE", training: bool = True, dropless: bool | None = None) -> Plan:
-    """The plan of a block for the mesh and the platform in use; arguments as in `way_of`.
+    """The plan of a block for the mesh and platform in use; arguments as in `implementation_of`.
 
     Raises:
       ValueError: there is no kernel for sorted rows on the platform (`choose_kernel`).
     """
-    rows, exchange = way_of(moe, training, dropless)
+    rows = implementation_of(moe, training, dropless)
+    exchange = exchange_of(moe, rows)
     factor = moe.buffer_factor if training else moe.eval_buffer_factor
     has_buffer = rows == "ragged" and exchange == "explicit"
     return Plan(
@@ -102,7 +109,7 @@ def plan_experts(moe: "MoE", training: bool = True, dropless: bool | None = None
 
 
 def prefers_sorted_rows(moe: "MoE", dropless: bool) -> bool:
-    """Whether "auto" means ragged rather than gather; see `way_of`."""
+    """Whether "auto" means ragged rather than gather; see `implementation_of`."""
     target = target_in_use()
     if target.platform == "cpu":
         return mesh_in_use() is None

@@ -98,7 +98,7 @@ def through_sorted_rows(
     layout = SortedRows(rng, order.rows_E, kept_JK.size, kernel, likely_rows)
     places = order.places(kept_JK)
     gate_R1 = fill_gates(gate_JK, places)
-    y_RM = experts.gated(fill(x_JM, places), weights, layout, gate_R1)
+    y_RM = experts(fill(x_JM, places), weights, layout, gate_R1)
     y_JM: jax.Array = combine(y_RM, places)
     return y_JM
 

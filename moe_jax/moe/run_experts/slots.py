@@ -57,7 +57,7 @@ def run_slots(
     for i, (chunk_EGCM, gate) in enumerate(zip(chunks, gates, strict=True)):
         key = rng if rng is None or i == 0 else jax.random.fold_in(rng, i)
         chunk_EGCM = exchange.to_experts(chunk_EGCM)
-        outputs.append(exchange.to_tokens(experts.gated(chunk_EGCM, weights, Slots(key), gate)))
+        outputs.append(exchange.to_tokens(experts(chunk_EGCM, weights, Slots(key), gate)))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=2)
 
 
