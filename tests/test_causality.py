@@ -162,7 +162,7 @@ def assert_declared(movements, looks_ahead):
 @pytest.mark.parametrize(("queue", "choices", "gate"), slow_but(QUICK, CASES))
 def test_probe_agrees_with_the_declaration(queue, choices, gate):
     moe = make_block(QUEUES[queue], choices, (GATES | OTHER_GATES)[gate])
-    assert moe.looks_ahead(training=True) == QUEUES[queue].looks_ahead(choices)
+    assert moe.looks_ahead(training=True) == QUEUES[queue].looks_ahead(num_choices=choices)
     assert_declared(prefix_movements(moe), moe.looks_ahead(training=True))
 
 
@@ -171,7 +171,7 @@ def test_probe_agrees_with_the_declaration(queue, choices, gate):
 def test_probe_agrees_with_the_declaration_of_a_queue_in_evaluation(queue, choices):
     moe = make_block(QUEUES[queue], choices, factor=0.0, eval_factor=0.5)
     assert not moe.looks_ahead(training=True)
-    assert moe.looks_ahead(training=False) == QUEUES[queue].looks_ahead(choices)
+    assert moe.looks_ahead(training=False) == QUEUES[queue].looks_ahead(num_choices=choices)
     assert_declared(prefix_movements(moe, training=False), moe.looks_ahead(training=False))
 
 

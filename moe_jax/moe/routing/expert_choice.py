@@ -81,7 +81,7 @@ class ExpertChoice(LogitRouter):
         require(
             self.predictor_loss_weight == 0
             or moe.capacity.eval_factor == 0
-            or not queue.looks_ahead(self.max_experts or moe.num_experts),
+            or not queue.looks_ahead(num_choices=self.max_experts or moe.num_experts),
             "router.predictor_loss_weight makes evaluation causal, which needs a causal queue too",
             f"predictor_loss_weight={self.predictor_loss_weight}, capacity.queue={queue}, "
             f"capacity.eval_factor={moe.capacity.eval_factor}",
