@@ -27,9 +27,10 @@ from moe_jax.config import MeshConfig, parse_mesh
 from moe_jax.config.environment import check_environment, order_collectives
 from moe_jax.config.file import config_with, settings_of, split_overrides
 from moe_jax.config.installed import install_command, require_local
-from moe_jax.user_errors import FIX_PERMISSIONS, USER_ERRORS, describe, whole_flags
+from moe_jax.user_errors import FIX_PERMISSIONS, USER_ERRORS, describe, is_transient, whole_flags
 
-LOST = 75  # the exit code if another process was lost: launchers restart all processes
+# The exit code if another process was lost, or its disk for a moment: launchers restart all.
+LOST = 75
 HELP = ("--help", "-help", "-h", "--helpshort")
 TEXT_FLAGS = ("prompt", "stop")  # flags with text, in which "://" does not mean a path
 
@@ -154,6 +155,8 @@ def show_warnings() -> None:
 
 def fail(error: Exception) -> NoReturn:
     """Ends the process; prints the reason at once, before it waits for the other processes."""
+    import jax
+
     if absl_logging.get_verbosity() > absl_logging.INFO:  # --verbosity=1
         traceback.print_exception(error)
     given = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
@@ -164,7 +167,7 @@ def fail(error: Exception) -> NoReturn:
         end = f" {saved[0].upper()}{saved[1:]}." if text.endswith(".") else f"; {saved}"
         text += end
     print(f"error: {text}", file=sys.stderr, flush=True)
-    sys.exit(1)
+    sys.exit(LOST if jax.distributed.is_initialized() and is_transient(error) else 1)
 
 
 def check_devices() -> None:

@@ -1,6 +1,7 @@
 """Errors that a user can fix, as one line: what is wrong, the values, the fix."""
 
 import errno
+import os
 import re
 from collections.abc import Iterable
 
@@ -20,6 +21,14 @@ FIXES = {
     errno.ENOSPC: "Free some space, and run the same command again",
     errno.EDQUOT: "Free some space, and run the same command again",
 }
+# Of a disk or a network: another try may pass.
+TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOLCK, errno.EHOSTDOWN)
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether another try may pass. The error, or one it tells of, has the system's words."""
+    text = describe(error)
+    return isinstance(error, OSError) and any(os.strerror(number) in text for number in TRANSIENT)
 
 
 def describe(error: Exception) -> str:

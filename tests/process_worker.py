@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from moe_jax.parallel import processes
-from moe_jax.training import files
+from moe_jax.training import checkpoints, files
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.signals import SignalFlag
 
@@ -21,6 +21,7 @@ GLOO_SECONDS = 30
 def main(scenario: str, *place: str) -> None:
     """Joins the other processes, runs a function of SCENARIOS, and leaves with them."""
     where = (*place[:1], *map(int, place[1:2]), *place[2:])
+    processes.SHUTDOWN_SECONDS = 20
     processes.start(*where, startup_seconds=60, lost_after_seconds=10)
     SCENARIOS[scenario](where)
     processes.wait_for_all()
@@ -116,6 +117,23 @@ def save_checkpoints(where):
         print("saved", first, checkpoints.save(1, {"x": x}), checkpoints.newest_whole())
 
 
+def fail_to_save(where):
+    """One process cannot hash or publish its files; the others stand at a barrier."""
+
+    def fail(*arguments):
+        raise RuntimeError("cannot write")  # of another thread, as by Orbax
+
+    if jax.process_index() == int(os.environ["FAILS"]):
+        checkpoints.write_hashes = checkpoints.write_manifest = fail
+    x = jax.make_array_from_callback((2,), NamedSharding(jax.make_mesh((2,), ("all",)),
+                                     jax.P("all")), lambda rows: np.ones(2)[rows])  # fmt: skip
+    with Checkpoints(os.environ["DIRECTORY"], keep=2) as saved:
+        saved.save(1, {"x": x})
+        for _ in range(600):
+            saved.check()
+            time.sleep(0.1)
+
+
 def leave_alone(where):
     if is_last():
         print("mine alone", flush=True)
@@ -133,6 +151,7 @@ SCENARIOS = {
     "slow compiler": compile_slowly,
     "wait": come_late,
     "checkpoint": save_checkpoints,
+    "failed save": fail_to_save,
     "alone": leave_alone,
 }
 
@@ -140,7 +159,7 @@ SCENARIOS = {
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
-    except ValueError as error:
-        print(f"ValueError: {error}")
+    except (ValueError, OSError) as error:
+        print(f"{type(error).__name__}: {error}")
         processes.leave()
         sys.exit(1)

@@ -41,7 +41,7 @@ from moe_jax.config.json_text import json_text
 from moe_jax.config.kinds import KINDS, load_kind
 from moe_jax.config.settings import Settings
 from moe_jax.moe.part import MoE
-from moe_jax.user_errors import describe, whole_flags
+from moe_jax.user_errors import describe, is_transient, whole_flags
 from tests.tiny_run import ROOT, tiny_config
 
 SMOKE = f"--config={ROOT}/configs/quickstart.py:smoke"
@@ -448,6 +448,14 @@ def test_errors_are_one_line_and_those_of_the_system_have_a_fix(tmp_path):
     assert "permissions" in describe(PermissionError(errno.EACCES, "Permission denied", "/x"))
     assert describe(ValueError("Two:\nMesh=1\nData.size=2")) == "Two: Mesh=1; Data.size=2"
     assert "space" in describe(OSError(errno.ENOSPC, "No space left on device", "/x"))
+
+
+def test_an_error_that_may_pass_is_told_from_one_that_stays():
+    stale = OSError(errno.ESTALE, os.strerror(errno.ESTALE), "/x")
+    assert is_transient(stale)
+    assert is_transient(OSError(f"The checkpoint of step 3 cannot be written: {stale.strerror}"))
+    assert not is_transient(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/x"))
+    assert not is_transient(ValueError(stale.strerror))
 
 
 @pytest.mark.parametrize(

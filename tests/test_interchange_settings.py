@@ -323,7 +323,10 @@ def test_how_a_model_runs_is_no_setting_of_a_file():
     parts = {
         "attention": dataclasses.replace(model.part["attention"], kernel="xla"),
         "moe": dataclasses.replace(
-            model.part["moe"], run_experts="ragged", grouped_matmul="loop", buffer_factor=1.5,
+            model.part["moe"],
+            run_experts="ragged",
+            grouped_matmul="loop",
+            buffer_factor=1.5,
             stop_at_overflow=True,
         ),
     }

@@ -158,9 +158,7 @@ def test_a_switch_is_written_with_its_slots_and_without_any_as_dropless():
         written = family.written(with_capacity(model, capacity))
         again = family.read(written).part["moe"]
         assert again.options(512, training=False).slots == 512  # of one sequence: all its tokens
-    with pytest.raises(
-        ValueError, match=r"same number of slots: .* encoder: \[7, 40\]"
-    ):
+    with pytest.raises(ValueError, match=r"same number of slots: .* encoder: \[7, 40\]"):
         family.written(with_capacity(model, Capacity(slots=7), Capacity(slots=40)))
     by_likelihood = Capacity(slots=7, queue=BatchPrioritized())
     with pytest.raises(ValueError, match=r"in the order of its tokens: capacity\.slots=7, "):

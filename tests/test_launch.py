@@ -21,7 +21,7 @@ TPU = {"NAME": "moe", "PROJECT": "my-project", "ZONE": "us-east5-a", "SHARED": "
 ODD = "--config.data.corpus=a b'c\"d$HOME`id`;!*\\"
 
 
-def run(script, *arguments, environment=None, check=True):
+def run(script, *arguments, environment=None, check=True, directory=None):
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     done = subprocess.run(
         ["bash", str(LAUNCH / script), *arguments],
@@ -30,6 +30,7 @@ def run(script, *arguments, environment=None, check=True):
         text=True,
         timeout=60,
         check=False,
+        cwd=directory,
     )
     assert not check or done.returncode == 0, done.stderr
     return done
@@ -252,7 +253,7 @@ def test_a_run_on_a_host_is_stopped_by_sigterm_and_started_only_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("exit_code", "seconds_left", "restarts_before", "requeued"),
+    ("exit_code", "seconds_left", "deaths_before", "requeued"),
     [
         (0, 5000, 0, False),
         (143, 200, 0, True),  # SIGTERM before the time limit
@@ -264,7 +265,7 @@ def test_a_run_on_a_host_is_stopped_by_sigterm_and_started_only_once(tmp_path):
     ],
 )
 def test_a_slurm_job_goes_on_by_itself_when_that_helps(
-    tmp_path, exit_code, seconds_left, restarts_before, requeued
+    tmp_path, exit_code, seconds_left, deaths_before, requeued
 ):
     stand_in(tmp_path, "srun", f'echo "$@"; exit {exit_code}\n')
     stand_in(tmp_path, "scontrol", 'echo "scontrol $*"\n')
@@ -272,10 +273,17 @@ def test_a_slurm_job_goes_on_by_itself_when_that_helps(
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_END_TIME": str(int(time.time()) + seconds_left),
-        "SLURM_RESTART_COUNT": str(restarts_before),
+        "SLURM_RESTART_COUNT": "40",  # time limits too
     }
-    done = run("slurm.sbatch", "--config=x", environment=environment, check=False)
+    deaths = tmp_path / ".moe_jax-7.deaths"
+    if deaths_before:
+        deaths.write_text(f"{deaths_before}\n")
+    done = run(
+        "slurm.sbatch", "--config=x", environment=environment, check=False, directory=tmp_path
+    )
     assert done.returncode == exit_code
+    after = deaths_before + 1 if requeued and exit_code != 143 else None
+    assert (int(deaths.read_text()) if deaths.exists() else None) == after
     assert "--kill-on-bad-exit=1" in done.stdout and "--processes=auto --config=x" in done.stdout
     assert ("scontrol requeue 7" in done.stdout) == requeued
 

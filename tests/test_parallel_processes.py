@@ -182,6 +182,16 @@ def test_each_process_hashes_the_files_of_a_checkpoint_that_it_wrote(tmp_path):
     assert damage(tmp_path / "1") is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fails", [0, 1])
+def test_a_process_that_cannot_write_a_checkpoint_ends_all(tmp_path, fails):
+    """Orbax by itself waits, in each process at another barrier, for six hours."""
+    dones = together("failed save", DIRECTORY=str(tmp_path), FAILS=str(fails))
+    assert "OSError: The checkpoint of step 1 cannot be written" in dones[fails].said
+    assert "cannot write; no checkpoint is complete" in dones[fails].said
+    assert all(done.code not in (0, None) for done in dones)
+
+
 def test_settings_that_differ_are_refused_by_all():
     for done in together("differ", count=3):
         assert done.code == 1, done.said

@@ -15,9 +15,10 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from moe_jax.config import ExperimentConfig, TrainingConfig
+from moe_jax.parallel.processes import SHUTDOWN_SECONDS
 from moe_jax.training import trackers
 from moe_jax.training.metrics import MetricWriter, read_metrics
-from moe_jax.training.trackers import check_trackers, open_trackers
+from moe_jax.training.trackers import FINISH_SECONDS, check_trackers, open_trackers
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -206,3 +207,7 @@ def test_trackers_are_known_and_may_be_none(tmp_path):
         record.write(1, {"train/loss": 2.0})
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "train/loss": 2.0}
+
+
+def test_the_other_processes_wait_until_the_first_has_closed_its_trackers():
+    assert SHUTDOWN_SECONDS > FINISH_SECONDS

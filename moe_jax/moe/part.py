@@ -265,9 +265,7 @@ class MoE(Part):
                 self.bias.rate_at(step, num_steps), self.num_selected_experts,
             )  # fmt: skip
         if "router" in state:
-            following["router"] = self.router.next_state(
-                state["router"], sums, step, num_steps
-            )
+            following["router"] = self.router.next_state(state["router"], sums, step, num_steps)
         return following
 
     def steps_alike(self, num_steps: int) -> float:

@@ -25,8 +25,9 @@ from moe_jax.config.environment import order_collectives
 
 # Variables that a person, Ray or a job script sets; JAX reads the first by itself.
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# How long a process that ends with an error waits for the others to end too.
-SHUTDOWN_SECONDS = 20
+# How long a process that ends with an error waits for the others to end too. Process 0 may still
+# close its trackers (`training.trackers.FINISH_SECONDS`).
+SHUTDOWN_SECONDS = 90
 
 
 @dataclasses.dataclass(frozen=True)

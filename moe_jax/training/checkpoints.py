@@ -16,6 +16,8 @@ import errno
 import json
 import logging
 import pathlib
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -102,6 +104,7 @@ class Checkpoints:
         self._saving: int | None = None
         self._newest: int | None = None  # or NO_STEP; None: not yet known
         self._failed = False
+        self._failed_here = False  # in this process, perhaps not in the others
         absl_logging.get_absl_logger().addFilter(not_a_traceback_of_orbax)
         if not self._read_only:
             interrupts.say_before_end(self.last_good_after_save)
@@ -304,7 +307,7 @@ class Checkpoints:
         Raises:
           OSError: see `save`.
         """
-        if not self._manager.is_saving_in_progress():
+        if self._failed_here or not self._manager.is_saving_in_progress():
             self.wait()
 
     def close(self) -> None:
@@ -354,7 +357,15 @@ class Checkpoints:
         write_manifest(path, jax.process_count())
 
     def _meet(self, *, key: str, timeout_ms: int) -> None:
-        """Waits at an Orbax barrier; hashes this process's files before that of written arrays."""
+        """Waits at an Orbax barrier; hashes this process's files before that of written arrays.
+
+        A process whose own save failed does not wait: the others stand at an earlier barrier. Its
+        `check` raises the error, its end ends the others (`parallel.processes`).
+        """
+        error = sys.exception()  # in Orbax's thread, which would now say that it is done
+        if error is not None and threading.current_thread() is not threading.main_thread():
+            self._failed_here = True
+            raise error
         if "async_write_complete" in key:
             with contextlib.suppress(OSError):  # process 0 then reads these files
                 path = self._being_saved()

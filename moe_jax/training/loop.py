@@ -108,7 +108,8 @@ def content_of(config: ExperimentConfig, data: Data) -> dict[str, str]:
 
 def source_of(config: ExperimentConfig, workdir: pathlib.Path, data: Data) -> Source | None:
     """The checkpoint of another run to start from; None without `init_from`, or on resuming."""
-    if not config.init_from.path or complete_steps(workdir / CHECKPOINTS):
+    # Listings of a network file system may differ among processes.
+    if not config.init_from.path or of_first(bool(complete_steps(workdir / CHECKPOINTS))):
         return None
     return open_source(config, data.fingerprints)
 

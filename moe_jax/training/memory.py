@@ -130,7 +130,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def profile(workdir: pathlib.Path) -> str:
     """Writes a memory profile and returns a sentence with its path; empty if that fails too."""
-    path = workdir / PROFILE_FILE
+    index = jax.process_index()
+    path = workdir / (f"{index}_{PROFILE_FILE}" if index else PROFILE_FILE)
     try:
         jax.profiler.save_device_memory_profile(str(path))
     except (OSError, RuntimeError):

@@ -34,6 +34,8 @@ from moe_jax.training.step import depends_on_microbatches
 
 LOCK_FILE = ".lock"
 LOCK_SECONDS = 10.0  # to wait for a run that has been stopped and saves
+# The same on several machines: a network file system frees the lock of a lost one after about 90 s.
+LOCK_SECONDS_OF_PROCESSES = 150.0
 CHECKPOINTS = "checkpoints"
 IMPORTED_FILE = "imported.json"  # of a model that was made, not trained; see `imported`
 # Settings that change expert dropout masks, through the placement and order of experts' rows.
@@ -266,7 +268,8 @@ def only_run(workdir: pathlib.Path) -> Iterator[None]:
 def _lock(workdir: pathlib.Path) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / LOCK_FILE).open("w") as lock:
-        until = time.monotonic() + LOCK_SECONDS
+        alone = jax.process_count() == 1
+        until = time.monotonic() + (LOCK_SECONDS if alone else LOCK_SECONDS_OF_PROCESSES)
         while not _try_lock(lock):
             require(
                 time.monotonic() < until,
