@@ -120,9 +120,9 @@ def check_same_text(rows: Iterable[Row], config: DataConfig | None = None) -> No
         hashes.add((now["corpus"], now["tokenizer"]))
     require(
         len(hashes) <= 1,
-        "runs that are compared are of the same corpus and tokenizer",
+        "compared runs must have the same corpus and tokenizer",
         "sha256 of both: " + "; ".join(f"{c[:12]}, {t[:12]}" for c, t in sorted(hashes)),
-        "Build the corpus of the results that there are, or remove their lines",
+        "Build the corpus of the existing results, or remove their lines",
     )
 
 

@@ -238,11 +238,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("study", help="a folder of experiments/, or the path of your own")
     parser.add_argument("--size", default="small", choices=SIZES)
     parser.add_argument("--smoke", action="store_true", help="--size=smoke --seeds=1")
-    parser.add_argument("--seeds", type=int, help="only so many seeds of every arm")
-    parser.add_argument("--arms", default="", help="only these, with commas between")
-    parser.add_argument("--jobs", type=int, help="processes side by side; 1, and 2 for a smoke run")
-    parser.add_argument("--minutes", type=float, help="stop after so many, saved, and go on later")
-    parser.add_argument("--dry", action="store_true", help="trace what would be run, and say it")
+    parser.add_argument("--seeds", type=int, help="run the first SEEDS seeds of every arm")
+    parser.add_argument("--arms", default="", help="run these arms only, separated by commas")
+    parser.add_argument("--jobs", type=int, help="arms side by side; default 1, for a smoke run 2")
+    parser.add_argument(
+        "--minutes", type=float, help="save and stop after so many; run again to resume"
+    )
+    parser.add_argument(
+        "--dry", action="store_true", help="print the sizes of the steps, train nothing"
+    )
     parser.add_argument("--out", help="directory of results.jsonl; the study's own by default")
     parser.add_argument("--runs", default="runs/experiments", help="directory of the runs")
     parser.add_argument("--corpus", default="runs/corpus", help="directory of the large corpus")

@@ -125,9 +125,9 @@ class Study:
       published: published results.
       config: name of a file of `configs/`, with presets after a colon.
       base: overrides of all arms.
-      sizes: overrides by size: "smoke" (seconds, embedded corpus), "small" (two cores, two hours
-        per study), "medium" (two cores, a night), "gpu" (one card, 40 M packed tokens, minutes per
-        arm), "base" (several accelerators). "smoke" and one more are required.
+      sizes: overrides by size: "smoke" (seconds, embedded corpus), "small" (two cores, one to
+        five hours per study), "medium" (two cores, a night), "gpu" (one card, 40 M packed
+        tokens), "base" (several accelerators). "smoke" and one more are required.
       arms: the compared arms.
       baseline: the arm that others are compared with.
       expect: the criterion: the study is reproduced if every claim is.
@@ -176,7 +176,7 @@ class Study:
         others = [arm.against or self.baseline for arm in self.arms]
         require(
             {self.baseline, *others} <= set(names),
-            "what arms are compared with, Study.baseline and Arm.against, are arms",
+            "Study.baseline and Arm.against must name arms",
             f"{self.name}: {sorted({self.baseline, *others} - set(names))}, arms {names}",
             "Correct it",
         )
@@ -305,9 +305,9 @@ class Study:
         changed = difference(to_dict(theirs), to_dict(ours))
         require(
             not changed,
-            "results of a study are all of the settings that it has now",
+            "result lines must have the present settings of their study",
             f"{self.name}, arm {row['arm']}, seed {row['seed']}: " + "; ".join(changed),
-            "Bring the study back, or remove that line of results and run it again",
+            "Restore the settings, or remove that line and run it again",
         )
 
     def ways(self, size: str) -> dict[str, dict[str, Way]]:

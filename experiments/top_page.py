@@ -37,8 +37,8 @@ HEAD = f"""\
 
 Each study asks one question, and its criterion was written before it was run. A failed one stays on
 this page. Where part of the answer was known before, the study's page says so. The size is in
-brackets: `small` takes two CPU cores two to three hours, with 0.1 to 0.2 M active parameters;
-`medium` two cores and a night, 0.8 M; `gpu` one card, 14 M; `base` several.
+brackets: `small` took two CPU cores one to five hours, with 0.1 to 0.2 M active parameters;
+`medium` is for two cores and a night, 0.8 M; `gpu` for one card, 14 M; `base` for several.
 
 ![Held-out loss against active FLOPs per token]({FIGURE})
 

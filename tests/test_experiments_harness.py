@@ -38,7 +38,7 @@ from tests.tiny_run import ROOT
     [
         (
             {"baseline": "moe_8"},
-            r"Study.baseline and Arm.against, are arms: made_up: \['moe_8'\], arms",
+            r"Study.baseline and Arm.against must name arms: made_up: \['moe_8'\], arms",
         ),
         ({"arms": STUDY.arms * 2}, "arms have different names"),
         ({"arms": (Arm("a/b", "", {}),)}, "arms have different names of letters"),
