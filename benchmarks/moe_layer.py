@@ -26,7 +26,7 @@ from moe_jax.moe.block import moe_block
 from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.experts import FeedForward
 from moe_jax.moe.part import MoE
-from moe_jax.parameters import SHARED, ffn_specs, init_parameters
+from moe_jax.parameters import SAME_WEIGHTS, ffn_specs, init_parameters
 from moe_jax.part import Call, Dims
 
 SEQUENCES, LENGTH, MODEL_DIM = 8, 512, 256
@@ -128,7 +128,7 @@ def candidates(shape: Shape) -> dict[str, Candidate]:
         return init_parameters(key, specs)
 
     def dense(params: Any, x: jax.Array) -> jax.Array:
-        return experts(x, params, SHARED)
+        return experts(x, params, SAME_WEIGHTS)
 
     def balanced(params: Any, x_EJM: jax.Array) -> jax.Array:
         return jax.vmap(dense)(params, x_EJM)

@@ -34,7 +34,7 @@ from experiments.top_page import page_name, top_page
 from experiments.verdict import INCONCLUSIVE, NOT_RUN, Finding, Judged
 from moe_jax.command_line import Parser
 from moe_jax.files import write_atomically
-from moe_jax.training.ways import notes_of
+from moe_jax.training.loss_labels import notes_of
 from moe_jax.user_errors import USER_ERRORS, describe
 
 DIFFERENCES = (
@@ -100,7 +100,7 @@ def results_of(study: Study, size: str, directory: pathlib.Path | None = None) -
     for row in rows:
         study.check_row(row)
     check_same_text(rows)
-    return Results(tuple(rows), study.baseline, study.ways(size), study.least_seeds)
+    return Results(tuple(rows), study.baseline, study.loss_labels(size), study.least_seeds)
 
 
 def study_page(study: Study, size: str, results: Results) -> str:
@@ -145,7 +145,9 @@ def study_page(study: Study, size: str, results: Results) -> str:
 
 def way_text(results: Results) -> str:
     """How the arms are evaluated: dropless, except arms whose experts fill their slots."""
-    filled = [arm for arm, ways in results.ways.items() if ways["dropless"].label != "dropless"]
+    filled = [
+        arm for arm, labels in results.labels.items() if labels["dropless"].label != "dropless"
+    ]
     arms = ", ".join(map(results.named, filled))
     return f"dropless (with the slots of training: {arms})" if filled else "dropless"
 

@@ -16,7 +16,7 @@ from moe_jax.config.check import require
 from moe_jax.config.json_text import json_text, numbers
 from moe_jax.data import open_data
 from moe_jax.files import write_atomically
-from moe_jax.training.ways import Way
+from moe_jax.training.loss_labels import LossLabel
 
 RESULTS_FILE = "results.jsonl"
 PAIRED, UNPAIRED = "paired", "unpaired"  # rules that decide directions; see `verdict`
@@ -31,14 +31,14 @@ class Results:
     Attributes:
       rows: one dict per run, as `experiments.arm` writes them.
       baseline: the arm whose spread is the noise floor.
-      ways: how the losses of each arm are measured; arms without an entry are not marked.
+      labels: how the losses of each arm are measured; arms without an entry are not marked.
       least_seeds: minimum number of seeds for a comparison.
       rule: the rule that decides directions.
     """
 
     rows: tuple[Row, ...]
     baseline: str
-    ways: Mapping[str, Mapping[str, Way]] = dataclasses.field(default_factory=dict)
+    labels: Mapping[str, Mapping[str, LossLabel]] = dataclasses.field(default_factory=dict)
     least_seeds: int = MIN_SEEDS
     rule: str = PAIRED
 
@@ -53,9 +53,9 @@ class Results:
         return shared_seeds(self.values(arm) for arm in sorted({row["arm"] for row in self.rows}))
 
     def mark(self, arm: str, measure: str = LOSS) -> str:
-        """Mark of a loss that depends on later tokens, "" for none; see `training.ways`."""
+        """Mark of a loss that depends on later tokens, "" for none; see `training.loss_labels`."""
         kind = "dropless" if measure == LOSS else measure
-        return self.ways.get(arm, {}).get(kind, Way(kind, "")).mark
+        return self.labels.get(arm, {}).get(kind, LossLabel(kind, "")).mark
 
     def named(self, arm: str, measure: str = LOSS) -> str:
         """The name of an arm, with the mark of its loss if there is one."""
@@ -67,7 +67,7 @@ class Results:
 
         A name that already has its mark keeps it.
         """
-        for arm in self.ways:
+        for arm in self.labels:
             if mark := self.mark(arm):
                 alone = rf"(?<![\w.-]){re.escape(arm)}(?![\w-]|\.\w)(?! \((?:sees|saw) )"
                 text = re.sub(alone, rf"\g<0> ({mark})", text)

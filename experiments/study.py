@@ -44,7 +44,7 @@ from moe_jax.config import (
 )
 from moe_jax.config.check import require
 from moe_jax.models.stack import StackLayout
-from moe_jax.training.ways import Way, ways_of
+from moe_jax.training.loss_labels import LossLabel, loss_labels
 
 HERE = pathlib.Path(__file__).parent
 SIZES = ("smoke", "small", "medium", "gpu", "base")
@@ -310,10 +310,10 @@ class Study:
             "Restore the settings, or remove that line and run it again",
         )
 
-    def ways(self, size: str) -> dict[str, dict[str, Way]]:
+    def loss_labels(self, size: str) -> dict[str, dict[str, LossLabel]]:
         """How the losses of each arm are measured."""
         arms = [arm.name for arm in self.arms_at(size)]
-        return {arm: ways_of(self.experiment(size, arm, 0).model) for arm in arms}
+        return {arm: loss_labels(self.experiment(size, arm, 0).model) for arm in arms}
 
     def overrides(self, size: str, arm: str) -> dict[str, Any]:
         """The overrides of an arm, with functions replaced by their values."""

@@ -51,7 +51,7 @@ def published_table(study: Study, results: Results) -> str:
 
 def budget_table(study: Study, size: str, arms: Iterable[str] | None = None) -> str:
     """The table of the costs of the arms."""
-    marks = Results((), study.baseline, study.ways(size))
+    marks = Results((), study.baseline, study.loss_labels(size))
     rows = []
     for arm in study.arms_at(size):
         if arms is None or arm.name in arms:

@@ -77,8 +77,8 @@ def table(said: dict[str, Any]) -> str:
     """
     from moe_jax.analysis.names import printable
     from moe_jax.training.evaluation import perplexity
+    from moe_jax.training.loss_labels import CAPACITIES, notes_of, recorded_label
     from moe_jax.training.rows import lost_choices
-    from moe_jax.training.ways import CAPACITIES, notes_of, way_of
 
     kinds = [kind for kind in CAPACITIES if kind in said]
     rows = [("all", [said[kind] for kind in kinds])]
@@ -86,13 +86,13 @@ def table(said: dict[str, Any]) -> str:
         (printable(domain), [said[kind]["domains"][domain] for kind in kinds])
         for domain in said[kinds[0]]["domains"]
     ]
-    ways = [way_of(kind, said[kind]) for kind in kinds]
+    labels = [recorded_label(kind, said[kind]) for kind in kinds]
     first = max(16, *(len(name) for name, _ in rows))
-    width = max(29, *(len(text) for way in ways for text in way))
-    lines = [line_of("", [way.label for way in ways], first, width)]
-    if any(way.mark for way in ways):
-        lines.append(line_of("", [way.mark for way in ways], first, width))
-    lines.append(line_of("domain", [cells_of(UNITS)] * len(ways), first, width))
+    width = max(29, *(len(text) for label in labels for text in label))
+    lines = [line_of("", [label.label for label in labels], first, width)]
+    if any(label.mark for label in labels):
+        lines.append(line_of("", [label.mark for label in labels], first, width))
+    lines.append(line_of("domain", [cells_of(UNITS)] * len(labels), first, width))
     for domain, losses in rows:
         groups = []
         for loss in losses:
@@ -101,33 +101,33 @@ def table(said: dict[str, Any]) -> str:
             groups.append(cells_of("-" if number == "nan" else number for number in numbers))
         lines.append(line_of(domain, groups, first, width))
     lines += [
-        f"{way.label}: {lost_choices(said[kind]):,} choices lost"
-        for kind, way in zip(kinds, ways, strict=True)
+        f"{label.label}: {lost_choices(said[kind]):,} choices lost"
+        for kind, label in zip(kinds, labels, strict=True)
         if "buffer_overflow" in said[kind]
     ]
-    return "\n".join([*lines, *notes_of(way.mark for way in ways)])
+    return "\n".join([*lines, *notes_of(label.mark for label in labels)])
 
 
 def line_of(name: str, groups: Iterable[str], first: int, width: int) -> str:
-    """A line of the table: a name, and the cells of each way."""
+    """A line of the table: a name, and the cells of each evaluation."""
     return "  ".join([f"{name:<{first}}", *(f"{group:>{width}}" for group in groups)])
 
 
 def cells_of(values: Iterable[str]) -> str:
-    """The columns of one way."""
+    """The columns of one evaluation."""
     return " ".join(f"{value:>9}" for value in values)
 
 
 def score_of_choices(said: dict[str, Any]) -> str:
     """The results of --choices, as lines of text."""
-    from moe_jax.training.ways import Way, notes_of
+    from moe_jax.training.loss_labels import LossLabel, notes_of
 
-    way = Way(said["label"], said["mark"])
+    label = LossLabel(said["label"], said["mark"])
     names = {"accuracy": "accuracy", "accuracy_per_byte": "accuracy per byte"}
     count = len(said["questions"])
-    lines = [f"{count} question{'s' * (count != 1)}, {way.name}"]
+    lines = [f"{count} question{'s' * (count != 1)}, {label.name}"]
     lines += [f"{name:<18}{said[key]:.4f}" for key, name in names.items()]
-    return "\n".join([*lines, *notes_of([way.mark])])
+    return "\n".join([*lines, *notes_of([label.mark])])
 
 
 def evaluate_run(

@@ -31,9 +31,9 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "see
 def note_on(model: "LanguageModel") -> str:
     """Notes on a model that looks or looked at later tokens, and on a model without a cache."""
     from moe_jax.inference.decoding import why_anew
-    from moe_jax.training.ways import SEES, ways_of
+    from moe_jax.training.loss_labels import SEES, loss_labels
 
-    mark, why, note = ways_of(model)["dropless"].mark, why_anew(model), ""
+    mark, why, note = loss_labels(model)["dropless"].mark, why_anew(model), ""
     if mark:
         loss = ", and a loss with them is not that of a causal language model" * (mark == SEES)
         note = f"note: the model {mark}; when it writes a text there are none{loss}.\n"

@@ -163,7 +163,7 @@ class Layout(Protocol):
         """`bias[O]` of each row's own expert, in a shape that adds to the rows."""
 
 
-class Shared:
+class SameWeights:
     """The layout in which all rows use the same weights [I, O]."""
 
     rng: jax.Array | None = None
@@ -177,11 +177,11 @@ class Shared:
         return bias
 
 
-SHARED = Shared()
+SAME_WEIGHTS = SameWeights()
 
 
 @dataclasses.dataclass(frozen=True)
-class ToLogits(Shared):
+class ToLogits(SameWeights):
     """The layout of an output head: float32 for any dtype of the rows.
 
     Attributes:
@@ -241,7 +241,7 @@ class Weight:
 
 def linear(x: jax.Array, weight: jax.Array | Weight) -> jax.Array:
     """[..., I] @ [I, O] -> [..., O], in the dtype of `x`."""
-    return grouped(x, weight, SHARED)
+    return grouped(x, weight, SAME_WEIGHTS)
 
 
 def grouped(x: jax.Array, weight: jax.Array | Weight, layout: Layout) -> jax.Array:

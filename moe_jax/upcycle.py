@@ -3,7 +3,7 @@
 Feed-forward networks become experts; everything else is carried. The new directory is that of a run
 of 0 steps, which train (config.init_from), generate, evaluate and convert accept. Logits on
 held-out text are always compared: a model whose logits differ is refused without --allow_change.
-`docs/finetuning.md` describes the ways.
+`docs/finetuning.md` describes the changes.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from moe_jax.finetune.upcycle import Upcycling
 
 FIX = (
-    "Leave out --way=noise and --way=drop, which change any model; use gates that sum to 1 "
+    "Leave out --change=noise and --change=drop, which change any model; use gates that sum to 1 "
     "(--top_k of 2 or more and a multiple of the shards, --block=router.renormalize=true), or with "
-    "other gates --router_stddev=0 or --way=shared"
+    "other gates --router_stddev=0 or --change=shared"
 )
 
 
@@ -92,7 +92,7 @@ def upcycling_of_flags() -> "Upcycling":
     )
     return Upcycling(
         moe=block_of(values.experts, values.top_k, values.block),
-        ways=tuple(map(way_of, values.way)),
+        changes=tuple(map(change_of, values.change)),
         every=values.every,
         layers=tuple(map(int, values.layers)),
         rescale=values.rescale,
@@ -125,8 +125,8 @@ def block_of(num_experts: int, top_k: int, settings: list[str]) -> Any:
     return build(InFamily("part"), block.to_dict(), "--block")
 
 
-def way_of(text: str) -> Any:
-    """Parses --way: KIND, or KIND:NAME=VALUE,NAME=VALUE; a kind may be the path of a class."""
+def change_of(text: str) -> Any:
+    """Parses --change: KIND, or KIND:NAME=VALUE,NAME=VALUE; a kind may be the path of a class."""
     import ast
 
     from moe_jax.config import build
@@ -136,12 +136,14 @@ def way_of(text: str) -> Any:
     fields: dict[str, Any] = {"kind": kind}
     for part in filter(None, rest.split(",")):
         name, equals, value = part.partition("=")
-        require(bool(equals), "--way must be KIND:NAME=VALUE,NAME=VALUE", repr(text), "Correct it")
+        require(
+            bool(equals), "--change must be KIND:NAME=VALUE,NAME=VALUE", repr(text), "Correct it"
+        )
         try:
             fields[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             fields[name] = value
-    return build(InFamily("upcycling"), fields, "--way")
+    return build(InFamily("upcycling"), fields, "--change")
 
 
 def define_flags() -> None:
@@ -151,7 +153,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("experts", 8, "Experts of a layer.", lower_bound=1)
     flags.DEFINE_integer("top_k", 2, "Experts that a token uses.", lower_bound=1)
     flags.DEFINE_multi_string(
-        "way", [],
+        "change", [],
         "What happens to copies of the dense network, as KIND or KIND:NAME=VALUE,NAME=VALUE: "
         "noise, drop:ratio=0.5, granular:shards=2, shared:dim=0, package.module:Class; may be "
         "given again, in order.",

@@ -31,9 +31,9 @@ from moe_jax.models.routing_record import PartRecord, RoutingRecord
 from moe_jax.moe.routing import Choices
 from moe_jax.training.checkpoints import Checkpoints, DamagedCheckpointError
 from moe_jax.training.evaluation import evaluate
+from moe_jax.training.loss_labels import SEES
 from moe_jax.training.run_record import write_run_record
 from moe_jax.training.saved import CHECKPOINTS
-from moe_jax.training.ways import SEES
 from tests.tiny_run import DENSE, files, tiny_moe, tiny_state, tiny_training
 
 # Four experts, and one zero expert.

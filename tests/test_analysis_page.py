@@ -15,7 +15,7 @@ from moe_jax.analysis.reading import Cell, readable_cells, token_name
 from moe_jax.analysis.routed import Routed, text_batches
 from moe_jax.analysis.summary import SIGHT
 from moe_jax.data import ByteTokenizer, corpora, open_tokenizer, train_tokenizer
-from moe_jax.training.ways import SEES
+from moe_jax.training.loss_labels import SEES
 
 BYTE = ByteTokenizer()
 NASTY = "</script><script>alert('é')</script>&amp; <b>\"ü\"\n\t\0</b> ${title} $title"

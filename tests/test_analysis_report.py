@@ -20,9 +20,9 @@ from moe_jax.models.stack import StackLayout
 from moe_jax.moe.part import MoE
 from moe_jax.report import command
 from moe_jax.training.files import read_json
+from moe_jax.training.loss_labels import NOTES, SEES
 from moe_jax.training.metrics import MetricWriter
 from moe_jax.training.run_record import write_run_record
-from moe_jax.training.ways import NOTES, SEES
 
 DOMAINS = ("drama", "folio1623", "multilingual", "prose", "python", "speech")
 MAX_BYTES = 150_000
@@ -241,7 +241,7 @@ def test_a_report_marks_what_saw_later_tokens(tmp_path):
     assert f"slots of training ({SEES}), nats/token" in text and "dropless" not in text
     assert f"nats/token ({SEES})." in text and text.count(NOTES[SEES]) == 1
     assert (tmp_path / "report" / "router.png").read_bytes() != before
-    assert read_run(tmp_path).ways["train"].name == f"train ({SEES})"
+    assert read_run(tmp_path).loss_labels["train"].name == f"train ({SEES})"
 
 
 def test_what_a_run_did_not_record_of_later_tokens_is_told_by_its_config(tmp_path):
@@ -253,7 +253,7 @@ def test_what_a_run_did_not_record_of_later_tokens_is_told_by_its_config(tmp_pat
     config["model"]["stack"]["allow_lookahead"] = True
     (tmp_path / "run.json").write_text(json.dumps(record))
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert read_run(tmp_path).ways["dropless"].mark == SEES
+    assert read_run(tmp_path).loss_labels["dropless"].mark == SEES
 
 
 def test_a_file_that_is_cut_is_named(tmp_path):

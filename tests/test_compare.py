@@ -595,7 +595,7 @@ def test_runs_without_a_score_make_no_pairs(tmp_path):
         kept = [row for row in rows if "heldout" not in row]
         (run / "metrics.jsonl").write_text("\n".join(kept) + "\n")
     found = comparison_of(tmp_path)
-    assert found.ways == [] and pairs_of(found).columns == []
+    assert found.evaluations == [] and pairs_of(found).columns == []
 
 
 PAIRED = "heldout/paired"

@@ -27,12 +27,12 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.training.evaluation import DomainSums, SequenceSums
 from moe_jax.training.loop import train
+from moe_jax.training.loss_labels import loss_labels
 from moe_jax.training.rows import evaluation_line, evaluation_row
 from moe_jax.training.vocabulary import check_vocabulary
-from moe_jax.training.ways import ways_of
 from tests.tiny_run import tiny_training
 
-WAY = ways_of(LanguageModel())["dropless"]
+DROPLESS = loss_labels(LanguageModel())["dropless"]
 TOKENIZER = tokenizers.ByteTokenizer()
 OBJECTIVES = {kind: load_kind("objective", kind)() for kind in KINDS["objective"]}
 
@@ -230,7 +230,7 @@ def test_a_vocabulary_without_room_for_sentinels_is_refused():
 def test_bits_a_byte_are_not_said_where_targets_are_no_text():
     sums = DomainSums(("only",))
     sums.add(SequenceSums(np.array([6.0]), np.array([4.0]), np.array([0.0]), {}), np.array([0]))
-    said = {"dropless": {**WAY._asdict(), **sums.losses()}}
+    said = {"dropless": {**DROPLESS._asdict(), **sums.losses()}}
     line = evaluation_line(20, said)
     assert "1.5000 nats/token" in line and "byte" not in line and "nan" not in line
     assert evaluation_row(said) == {

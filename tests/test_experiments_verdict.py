@@ -10,7 +10,7 @@ from experiments import before_pairs, verdict
 from experiments.results import LOSS, UNPAIRED, Results, measured
 from experiments.switch_against_dense import study as switch
 from experiments.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Finding
-from moe_jax.training.ways import SAW, SEES, Way
+from moe_jax.training.loss_labels import SAW, SEES, LossLabel
 
 
 def row(arm, seed, loss=1.0, curve=(), **measures):
@@ -38,11 +38,11 @@ def results(**losses):
 def test_arms_that_saw_later_tokens_are_marked_in_findings():
     """Marks follow the loss in question: the second arm is also evaluated without a capacity."""
     losses = dict.fromkeys(("dense", "soft", "queue"), DENSE)
-    ways = {
-        "soft": {"dropless": Way("slots of training", SEES)},
-        "queue": {"dropless": Way("dropless", SAW), "capacity_limited": Way("-", SEES)},
+    labels = {
+        "soft": {"dropless": LossLabel("slots of training", SEES)},
+        "queue": {"dropless": LossLabel("dropless", SAW), "capacity_limited": LossLabel("-", SEES)},
     }
-    found = dataclasses.replace(results(**losses), ways=ways)
+    found = dataclasses.replace(results(**losses), labels=labels)
     said = verdict.lower("soft", "dense")(found).because
     assert said.startswith(f"soft ({SEES}) less dense: +0.0000 bits_per_byte")
     text = "soft less dense; soft (sees later tokens) and soft_2; queue."

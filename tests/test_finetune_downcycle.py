@@ -15,12 +15,12 @@ from moe_jax.finetune.downcycle import (
     weights_of,
     without_experts,
 )
+from moe_jax.finetune.expert_changes import Shared
 from moe_jax.finetune.made import describe_names
 from moe_jax.finetune.moments import remodelled_optimizer
 from moe_jax.finetune.preservation import TOLERANCE, Outputs, check_preserved, difference
 from moe_jax.finetune.remodel import remodelled, remodelled_state
 from moe_jax.finetune.upcycle import Upcycling, upcycle
-from moe_jax.finetune.ways import Shared
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.models.multi_token import MultiToken
 from moe_jax.moe.routing.selection import ExpertGroups
@@ -166,8 +166,8 @@ def test_copies_merge_to_the_network_that_they_are_of(shared):
     """Merged layers and the remaining dense layers become one part again."""
     config = tiny_config(DENSE)
     state, mesh = tiny_state(config), make_mesh(config.mesh)
-    ways = (Shared(8),) if shared else ()
-    up = upcycle(config, Upcycling(layers=(1,), ways=ways))
+    changes = (Shared(8),) if shared else ()
+    up = upcycle(config, Upcycling(layers=(1,), changes=changes))
     params = remodelled(up, state.params, KEY, mesh)
     down = merge_experts(up.new)
     assert down.new.model == config.model

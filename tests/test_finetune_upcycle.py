@@ -1,4 +1,4 @@
-"""Dense models made sparse: ways by hand, unchanged models, moments, a mesh."""
+"""Dense models made sparse: changes by hand, unchanged models, moments, a mesh."""
 
 import dataclasses
 
@@ -9,11 +9,11 @@ import pytest
 
 from moe_jax.config.mesh import MeshConfig
 from moe_jax.config.settings import setting
+from moe_jax.finetune.expert_changes import Copies, Drop, ExpertChange, Granular, Noise, Shared
 from moe_jax.finetune.moments import remodelled_optimizer
 from moe_jax.finetune.preservation import TOLERANCE, Outputs, difference
 from moe_jax.finetune.remodel import remodelled
 from moe_jax.finetune.upcycle import Upcycled, Upcycling, gates_without_preference, upcycle
-from moe_jax.finetune.ways import Copies, Drop, Granular, Noise, Shared, Way
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.models.layout import StackLayout
 from moe_jax.moe.activations import SwiGLU
@@ -22,7 +22,7 @@ from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.logits import Sigmoid
 from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.parameters import SHARED
+from moe_jax.parameters import SAME_WEIGHTS
 from moe_jax.part import Call, Dims, Own
 from moe_jax.training.state import init_state
 from tests.tiny_run import DENSE, quick_jit, tiny_batch, tiny_config, tiny_state
@@ -66,7 +66,7 @@ def outputs(upcycling):
     def both():
         call = Call(capacity=0.0).with_defaults(x_BLM)
         sparse, _, _ = origin.block.apply(params_of(origin, old), x_BLM, call, Own())
-        return sparse, FeedForward(NETWORK.activation)(x_BLM, old, SHARED)
+        return sparse, FeedForward(NETWORK.activation)(x_BLM, old, SAME_WEIGHTS)
 
     return both()
 
@@ -75,15 +75,15 @@ def test_copies_noise_and_drop_by_hand():
     moe = MoE(num_experts=2, expert_dim=4)
     wi_EMH = jnp.broadcast_to(jnp.arange(8.0).reshape(2, 4), (2, 2, 4))
     wo_EHM = jnp.broadcast_to(jnp.arange(8.0).reshape(4, 2), (2, 4, 2))
-    np.testing.assert_array_equal(Way().experts(Copies("wi", wi_EMH), moe, KEY), wi_EMH)
-    for way in (Noise(stddev=0.1, ratio=0.5), Drop(ratio=0.5)):
+    np.testing.assert_array_equal(ExpertChange().experts(Copies("wi", wi_EMH), moe, KEY), wi_EMH)
+    for change in (Noise(stddev=0.1, ratio=0.5), Drop(ratio=0.5)):
         # Two of four units per expert change, the same in both matrices.
-        in_wi_EH = np.any(way.experts(Copies("wi", wi_EMH), moe, KEY) != wi_EMH, axis=1)
-        in_wo_EH = np.any(way.experts(Copies("wo", wo_EHM), moe, KEY) != wo_EHM, axis=2)
+        in_wi_EH = np.any(change.experts(Copies("wi", wi_EMH), moe, KEY) != wi_EMH, axis=1)
+        in_wo_EH = np.any(change.experts(Copies("wo", wo_EHM), moe, KEY) != wo_EHM, axis=2)
         np.testing.assert_array_equal(in_wi_EH, in_wo_EH)
         assert in_wi_EH.sum(axis=1).tolist() == [2, 2]
         bo_EM = jnp.ones((2, 2))
-        np.testing.assert_array_equal(way.experts(Copies("bo", bo_EM), moe, KEY), bo_EM)
+        np.testing.assert_array_equal(change.experts(Copies("bo", bo_EM), moe, KEY), bo_EM)
 
 
 def test_drop_draws_from_the_mean_and_deviation_of_the_units_it_replaces():
@@ -98,16 +98,16 @@ def test_drop_draws_from_the_mean_and_deviation_of_the_units_it_replaces():
 
 
 def test_granular_experts_are_shards_and_a_virtual_group_is_one_network():
-    way, moe = Granular(shards=2), MoE(num_experts=4, expert_dim=4)
+    change, moe = Granular(shards=2), MoE(num_experts=4, expert_dim=4)
     wi_MH, wo_HM = jnp.arange(8.0).reshape(2, 4), jnp.arange(8.0).reshape(4, 2)
-    wi_EMH = way.experts(Copies("wi", jnp.broadcast_to(wi_MH, (4, 2, 4))), moe, KEY)
-    wo_EHM = way.experts(Copies("wo", jnp.broadcast_to(wo_HM, (4, 4, 2))), moe, KEY)
-    assert way.block(moe).expert_dim == 2
+    wi_EMH = change.experts(Copies("wi", jnp.broadcast_to(wi_MH, (4, 2, 4))), moe, KEY)
+    wo_EHM = change.experts(Copies("wo", jnp.broadcast_to(wo_HM, (4, 4, 2))), moe, KEY)
+    assert change.block(moe).expert_dim == 2
     for expert, units in enumerate([[0, 1], [2, 3], [0, 1], [2, 3]]):
         np.testing.assert_array_equal(wi_EMH[expert], wi_MH[:, np.array(units)])
         np.testing.assert_array_equal(wo_EHM[expert], 2 * wo_HM[np.array(units)])
     router_ME = jnp.arange(8.0).reshape(2, 4)
-    assert way.router(router_ME, moe).tolist() == [[0, 0, 2, 2], [4, 4, 6, 6]]
+    assert change.router(router_ME, moe).tolist() == [[0, 0, 2, 2], [4, 4, 6, 6]]
 
 
 def test_a_shared_expert_has_the_first_units_and_routed_ones_the_rest():
@@ -136,11 +136,11 @@ SWITCH = moe_of(TokenChoice(), num_selected_experts=1)
 SIGMOID = moe_of(TokenChoice(score=Sigmoid()))
 PRESERVING = {
     "copies": Upcycling(RENORMALISED),
-    "granular": Upcycling(RENORMALISED, ways=(Granular(2),)),
-    "shared whole": Upcycling(UNNORMALISED, ways=(Shared(),)),
-    "shared whole, Switch": Upcycling(SWITCH, ways=(Shared(),)),
-    "shared part": Upcycling(RENORMALISED, ways=(Shared(2),)),
-    "shared part, granular": Upcycling(RENORMALISED, ways=(Shared(2), Granular(2))),
+    "granular": Upcycling(RENORMALISED, changes=(Granular(2),)),
+    "shared whole": Upcycling(UNNORMALISED, changes=(Shared(),)),
+    "shared whole, Switch": Upcycling(SWITCH, changes=(Shared(),)),
+    "shared part": Upcycling(RENORMALISED, changes=(Shared(2),)),
+    "shared part, granular": Upcycling(RENORMALISED, changes=(Shared(2), Granular(2))),
     "softmax without preference": Upcycling(UNNORMALISED, router_stddev=0.0),
     "Switch without preference": Upcycling(SWITCH, router_stddev=0.0),
     "sigmoid without preference": Upcycling(SIGMOID, router_stddev=0.0),
@@ -149,10 +149,10 @@ PRESERVING = {
 CHANGING = {
     "softmax": Upcycling(UNNORMALISED),
     "not rescaled": Upcycling(UNNORMALISED, router_stddev=0.0, rescale=False),
-    "noise": Upcycling(RENORMALISED, ways=(Noise(),)),
-    "drop": Upcycling(RENORMALISED, ways=(Drop(),)),
+    "noise": Upcycling(RENORMALISED, changes=(Noise(),)),
+    "drop": Upcycling(RENORMALISED, changes=(Drop(),)),
     "three of two shards": Upcycling(
-        moe_of(TokenChoice(renormalize=True), num_selected_experts=3), ways=(Granular(2),)
+        moe_of(TokenChoice(renormalize=True), num_selected_experts=3), changes=(Granular(2),)
     ),
 }
 
@@ -187,8 +187,8 @@ def test_the_sum_of_gates_without_preference(moe, expected):
 
 
 @dataclasses.dataclass(frozen=True)
-class Numbered(Way):
-    """A user's way: the biases of the hidden units are the number of the expert."""
+class Numbered(ExpertChange):
+    """A user's change: the biases of the hidden units are the number of the expert."""
 
     step: float = setting(1.0)  # between experts
 
@@ -199,7 +199,7 @@ class Numbered(Way):
 
 
 def test_a_way_of_a_user_composes_with_others():
-    upcycling = Upcycling(RENORMALISED, ways=(Granular(2), Numbered(step=2.0)))
+    upcycling = Upcycling(RENORMALISED, changes=(Granular(2), Numbered(step=2.0)))
     origin = Upcycled(NETWORK, upcycling, DIMS)
     bi_EH = origin.make(("experts", "bi"), [jnp.ones(6)], KEY, None, False)
     assert bi_EH.tolist() == [[2 * expert] * 3 for expert in range(4)]
@@ -263,10 +263,10 @@ def test_a_layout_says_which_layers_are_sparse(dense):
     [
         (Upcycling(RENORMALISED, every=4), "a dense layer must become sparse"),
         (Upcycling(RENORMALISED, layers=(3,)), "layers of the model are 0 to 2"),
-        (Upcycling(RENORMALISED, ways=(Granular(3),)), "shards=3, hidden units 32, experts 4"),
-        (Upcycling(RENORMALISED, ways=(Shared(32),)), "dim=32, hidden units 32"),
-        (Upcycling(RENORMALISED, ways=(Granular(2), Shared())), "whole dense .* leave 16 of 32"),
-        (Upcycling(RENORMALISED, ways=(Granular(2), Shared(8))), "'shared' before 'granular'"),
+        (Upcycling(RENORMALISED, changes=(Granular(3),)), "shards=3, hidden units 32, experts 4"),
+        (Upcycling(RENORMALISED, changes=(Shared(32),)), "dim=32, hidden units 32"),
+        (Upcycling(RENORMALISED, changes=(Granular(2), Shared())), "whole dense .* leave 16 of 32"),
+        (Upcycling(RENORMALISED, changes=(Granular(2), Shared(8))), "'shared' before 'granular'"),
     ],
 )
 def test_what_does_not_fit_is_refused(dense, upcycling, message):
@@ -290,7 +290,7 @@ def test_layers_are_named_once():
 def test_a_shared_expert_is_asked_for_by_its_way():
     block = dataclasses.replace(RENORMALISED, shared_expert_dim=3)
     with pytest.raises(
-        ValueError, match=r"only the way 'shared' can .*: moe\.shared_expert_dim=3\. Leave"
+        ValueError, match=r"only the change 'shared' can .*: moe\.shared_expert_dim=3\. Leave"
     ):
         Upcycling(block)
 
@@ -302,7 +302,7 @@ def test_moments_are_carried_to_every_copy(dense):
     wi = adam.mu["stack"]["unit"]["0"]["mlp"]["wi"]
     numbered = jnp.arange(wi.size, dtype=jnp.float32).reshape(wi.shape)
     adam.mu["stack"]["unit"]["0"]["mlp"]["wi"] = numbered
-    remodel = upcycle(config, Upcycling(RENORMALISED, ways=(Granular(2),)))
+    remodel = upcycle(config, Upcycling(RENORMALISED, changes=(Granular(2),)))
     made = remodelled_optimizer(remodel, opt_state, {}, KEY, mesh)
     assert int(made[1].count) == int(made[3].count) == 1
     moe = made[1].mu["stack"]["unit"]["0"]["moe"]
@@ -356,7 +356,7 @@ def test_factors_of_shards_are_refused(dense):
     model = dataclasses.replace(model, parts=parts)
     config = dataclasses.replace(dense[0], optimizer=optimizer, model=model)
     state = jax.jit(lambda: init_state(config))()
-    remodel = upcycle(config, Upcycling(RENORMALISED, ways=(Granular(2),)))
+    remodel = upcycle(config, Upcycling(RENORMALISED, changes=(Granular(2),)))
     with pytest.raises(ValueError, match="Leave out the optimizer state"):
         remodelled_optimizer(remodel, state.opt_state, {}, KEY, dense[2])
 
@@ -364,7 +364,7 @@ def test_factors_of_shards_are_refused(dense):
 @pytest.mark.slow
 def test_a_mesh_gives_the_parameters_of_one_device(dense):
     config, state, mesh, *_ = dense
-    remodel = upcycle(config, Upcycling(RENORMALISED, every=1, ways=(Drop(), Granular(2))))
+    remodel = upcycle(config, Upcycling(RENORMALISED, every=1, changes=(Drop(), Granular(2))))
     expected = remodelled(remodel, state.params, KEY, mesh)
     split = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2).fill(8))
     placed = jax.device_put(

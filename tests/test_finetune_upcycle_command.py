@@ -99,9 +99,9 @@ def test_an_error_of_the_user_is_found_before_anything_is_read(
     monkeypatch.setattr(made, "load_run", lambda *_, **__: pytest.fail("the run was read"))
     arguments = ["upcycle", f"--workdir={dense}", f"--output={tmp_path / 'new'}"]
     for wrong, message in [
-        ("--way=granulated", "a kind of upcycling is one of"),
-        ("--way=drop:rate=0.5", "--way has the fields ['ratio']"),
-        ("--way=drop:ratio=2", "ratio lies in (0, 1]"),
+        ("--change=granulated", "a kind of upcycling is one of"),
+        ("--change=drop:rate=0.5", "--change has the fields ['ratio']"),
+        ("--change=drop:ratio=2", "ratio lies in (0, 1]"),
         ("--block=router.renormalise=true", "--block=router.renormalise"),
         ("--top_k=9", "num_selected_experts must lie in 1..num_experts"),
         ("--layers=1,x", "--layers must be a list of numbers: 1,x"),
@@ -204,7 +204,7 @@ def test_a_number_to_keep_is_checked_by_the_config_alone(monkeypatch, keep, mess
 
 
 def test_what_preserves_a_model_is_named_for_gates_that_do_not_sum_to_one():
-    for flag in ("--router_stddev=0", "--way=shared", "--way=noise", "--way=drop"):
+    for flag in ("--router_stddev=0", "--change=shared", "--change=noise", "--change=drop"):
         assert flag in upcycle.FIX
 
 
@@ -230,7 +230,7 @@ def test_a_mesh_makes_the_model_of_one_device(dense, tmp_path):
     states = []
     for name, flags in (("one", []), ("mesh", ["--mesh=fsdp=2,expert=2,tensor=2"])):
         output = tmp_path / name
-        arguments = [f"--workdir={dense}", f"--output={output}", "--experts=4", "--way=noise"]
+        arguments = [f"--workdir={dense}", f"--output={output}", "--experts=4", "--change=noise"]
         assert main(["upcycle", *arguments, "--allow_change", *flags]) == 0
         states.append(load_run(output)[1])
     for one, other in zip(*map(jax.tree.leaves, states), strict=True):

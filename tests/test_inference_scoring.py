@@ -17,8 +17,8 @@ from moe_jax.inference.scoring import encode_pair
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parameters import init_parameters
 from moe_jax.part import Call, EncoderInputs
+from moe_jax.training.loss_labels import SEES
 from moe_jax.training.placement import state_shardings
-from moe_jax.training.ways import SEES
 from tests.tiny_run import quick_jit, tiny_config, tiny_state
 
 TOKENIZER = open_tokenizer("byte")

@@ -15,7 +15,7 @@ from moe_jax.moe.experts import FeedForward
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.moe.run_experts.plan import IMPLEMENTATIONS
-from moe_jax.parameters import SHARED, ffn_specs, init_parameters
+from moe_jax.parameters import SAME_WEIGHTS, ffn_specs, init_parameters
 from moe_jax.part import Call, Dims
 from tests import moe_oracle
 from tests.slow import slow_but
@@ -46,7 +46,7 @@ def test_activation_equals_the_oracle(kind, bias):
                            activation)
         for row in x
     ]  # fmt: skip
-    y = FeedForward(activation)(jnp.asarray(x), weights, SHARED)
+    y = FeedForward(activation)(jnp.asarray(x), weights, SAME_WEIGHTS)
     scale = np.abs(expected).max()
     np.testing.assert_allclose(y / scale, np.array(expected) / scale, atol=FLOAT32)
 
@@ -61,14 +61,14 @@ def test_the_slope_of_gelu():
 @pytest.mark.parametrize(("kind", "value"), [("gelu", 2 * 0.977249868), ("gelu_tanh", 1.954597694)])
 def test_gelu_is_the_exact_one_unless_it_is_named_tanh(kind, value):
     one = {"wi": jnp.ones((1, 1)), "wo": jnp.ones((1, 1))}
-    y = FeedForward(ACTIVATIONS[kind])(jnp.full((1, 1), 2.0), one, SHARED)
+    y = FeedForward(ACTIVATIONS[kind])(jnp.full((1, 1), 2.0), one, SAME_WEIGHTS)
     assert float(y[0, 0]) == pytest.approx(value, rel=1e-6)
 
 
 def test_gate_is_activated_and_the_other_branch_is_linear():
     # x = 1: silu(1 * 3) * (1 * -2). Swapped branches would give silu(-2) * 3.
     weights = {"wg": jnp.full((1, 1), 3.0), "wi": jnp.full((1, 1), -2.0), "wo": jnp.ones((1, 1))}
-    y = FeedForward(SwiGLU())(jnp.ones((1, 1)), weights, SHARED)
+    y = FeedForward(SwiGLU())(jnp.ones((1, 1)), weights, SAME_WEIGHTS)
     assert float(y[0, 0]) == pytest.approx(-2 * 3 / (1 + math.exp(-3)), rel=1e-6)
 
 
@@ -85,13 +85,13 @@ def test_gate_is_activated_and_the_other_branch_is_linear():
 )
 def test_a_clamped_gate_by_hand(gate, up, expected):
     weights = {"wg": jnp.full((1, 1), gate), "wi": jnp.full((1, 1), up), "wo": jnp.ones((1, 1))}
-    y = FeedForward(ClampedSwiGLU(limit=2.0))(jnp.ones((1, 1)), weights, SHARED)
+    y = FeedForward(ClampedSwiGLU(limit=2.0))(jnp.ones((1, 1)), weights, SAME_WEIGHTS)
     assert float(y[0, 0]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_rows_are_computed_in_their_own_dtype():
     weights, x = make_values(SwiGLU(), bias=True)
-    y = FeedForward(SwiGLU())(jnp.asarray(x, jnp.bfloat16), weights, SHARED)
+    y = FeedForward(SwiGLU())(jnp.asarray(x, jnp.bfloat16), weights, SAME_WEIGHTS)
     assert y.dtype == jnp.bfloat16
 
 
@@ -239,7 +239,7 @@ def test_one_expert_without_router_is_the_dense_ffn_exactly(way, kind):
     assert set(params) == {"experts"}
     x = random.normal(size=(2, 32, 16)).astype(np.float32)
     one = jax.tree.map(lambda v: v[0], params["experts"])
-    dense = jax.jit(lambda w: FeedForward(activation)(x, w, SHARED))(one)
+    dense = jax.jit(lambda w: FeedForward(activation)(x, w, SAME_WEIGHTS))(one)
     y, aux = jax.jit(lambda p: moe_block(p, x, moe, Call(capacity=1.25)))(params)
     np.testing.assert_array_equal(y, dense)
     np.testing.assert_array_equal(aux.sums["kept_KE"], aux.sums["assigned_KE"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.parameters import (
-    SHARED,
+    SAME_WEIGHTS,
     ParameterSpec,
     Weight,
     dense,
@@ -127,7 +127,7 @@ def test_a_weight_of_several_arrays_passes_every_door():
     whole = np.asarray(weight.base) * np.asarray(weight.factor)
     np.testing.assert_array_equal(dense(weight), whole)
     np.testing.assert_allclose(linear(x, weight), x @ whole, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(grouped(x, weight, SHARED), x @ whole, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(grouped(x, weight, SAME_WEIGHTS), x @ whole, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(rows(weight, jnp.array([[2, 0]])), whole[[[2, 0]]])
     assert weight_axes(("model", "hidden"), weight) == Scaled(("model", "hidden"), ("hidden",))
     assert weight_axes(("model", "hidden"), weight.base) == ("model", "hidden")
@@ -136,7 +136,7 @@ def test_a_weight_of_several_arrays_passes_every_door():
 def test_an_array_passes_every_door():
     weight, x = jnp.arange(6.0).reshape(3, 2), jnp.ones((4, 3), jnp.bfloat16)
     assert dense(weight) is weight
-    assert linear(x, weight).dtype == grouped(x, weight, SHARED).dtype == jnp.bfloat16
+    assert linear(x, weight).dtype == grouped(x, weight, SAME_WEIGHTS).dtype == jnp.bfloat16
     np.testing.assert_array_equal(linear(x, weight), np.full((4, 2), [6, 9]))
     picked = rows(weight, jnp.array([1, 1, 2]))
     assert picked.dtype == jnp.float32

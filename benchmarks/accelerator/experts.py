@@ -29,7 +29,7 @@ from moe_jax.moe.activations import SwiGLU
 from moe_jax.moe.experts import FeedForward
 from moe_jax.moe.run_experts.rows import SortedRows
 from moe_jax.moe.run_experts.slots import Slots
-from moe_jax.parameters import SHARED
+from moe_jax.parameters import SAME_WEIGHTS
 
 EXPERTS = FeedForward(SwiGLU())
 SLOTS = f"slots {FACTOR}"
@@ -116,7 +116,7 @@ def checked(made: Form, dy: jax.Array, out: Any) -> dict[str, Any]:
     y, (dx, dweights) = out
 
     def alone(x: jax.Array, weights: Any, dy: jax.Array) -> Any:
-        y, vjp = jax.vjp(lambda x, weights: EXPERTS(x, weights, SHARED), x, weights)
+        y, vjp = jax.vjp(lambda x, weights: EXPERTS(x, weights, SAME_WEIGHTS), x, weights)
         return y, vjp(dy)
 
     weights = {name: weight[last] for name, weight in made.weights.items()}
@@ -153,7 +153,7 @@ def make(shape: Shape, routing: str, form: str) -> Form:
         return Form(lambda x, w, _: EXPERTS(x, w, Slots(None)), x_EGCM, weights, sizes_E, kept)
     x_RM = random(8, (shape.rows, shape.model_dim))
     if form == DENSE:
-        return Form(lambda x, w, _: EXPERTS(x, w, SHARED), x_RM, weights, sizes_E, shape.rows)
+        return Form(lambda x, w, _: EXPERTS(x, w, SAME_WEIGHTS), x_RM, weights, sizes_E, shape.rows)
     kernel = form.removeprefix("ragged").strip()
 
     def run(x: jax.Array, weights: dict[str, jax.Array], sizes_E: jax.Array) -> jax.Array:

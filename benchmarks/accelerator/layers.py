@@ -17,7 +17,7 @@ from benchmarks.accelerator.kernels import ragged, usable_kernels, with_kernel
 from benchmarks.moe_layer import Shape, activation_of, moe_layer
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.experts import FeedForward
-from moe_jax.parameters import SHARED, ffn_specs, init_parameters
+from moe_jax.parameters import SAME_WEIGHTS, ffn_specs, init_parameters
 from moe_jax.part import Call, Dims
 
 
@@ -77,7 +77,7 @@ def measure(layer: Layer, way: str, kernel: str, factor: float, dry: bool) -> di
                     use_bias=False, init_scale=1.0)  # fmt: skip
 
     def dense(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return experts(x, params, SHARED), jnp.zeros((), jnp.int32)
+        return experts(x, params, SAME_WEIGHTS), jnp.zeros((), jnp.int32)
 
     def routed(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         y, aux = moe_block(params, x, moe, Call(capacity=factor))

@@ -29,15 +29,15 @@ from experiments.verdict import (
 from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
 from moe_jax.finetune import made
+from moe_jax.finetune.expert_changes import Drop, ExpertChange, Granular
 from moe_jax.finetune.remodel import Remodel
 from moe_jax.finetune.upcycle import Upcycling, upcycle
-from moe_jax.finetune.ways import Drop, Granular, Way
 from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.training.saved import kept_steps
 
 # Evaluations of the dense run, and of a run that continues it, including the dense steps.
 PRETRAINED, ALL = 16, 24
-WAYS: dict[str, tuple[Way, ...]] = {
+CHANGES: dict[str, tuple[ExpertChange, ...]] = {
     "upcycled": (),
     "drop": (Drop(ratio=0.5),),
     "granular": (Granular(shards=2),),
@@ -62,7 +62,7 @@ def start(config: ExperimentConfig, arm: str, workdir: pathlib.Path) -> None:
         remodel = Remodel(source.config, source.config, {})
     else:
         moe = config.model.part["moe"]
-        remodel = upcycle(source.config, Upcycling(moe, WAYS[arm]))
+        remodel = upcycle(source.config, Upcycling(moe, CHANGES[arm]))
     require(
         remodel.new.model == config.model,
         "an arm has the model that it is started with",

@@ -24,10 +24,10 @@ from moe_jax.data.open_file import decode
 from moe_jax.files import write_atomically
 from moe_jax.models.model import LanguageModel
 from moe_jax.training.files import RUN_FILE, DamagedCheckpointError, damage, read_json
+from moe_jax.training.loss_labels import loss_labels
 from moe_jax.training.run_record import run_record
 from moe_jax.training.saved import CHECKPOINTS, kept_steps, load_run, open_run_data
 from moe_jax.training.state import TrainState
-from moe_jax.training.ways import ways_of
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ def settings_of(
         "tokenizer": without_directory(config.data.tokenizer),
         "num_tokens": len(routed.token_J),
         "sequence_length": config.data.sequence_length,
-        "mark": ways_of(config.model)["dropless"].mark,
+        "mark": loss_labels(config.model)["dropless"].mark,
         "parts": {
             name: part_settings(config.model, name)
             for name in config.model.moe_parts

@@ -19,8 +19,8 @@ from moe_jax.analysis.runs import Entry, resolved
 from moe_jax.analysis.table import ORDERS, Column, of_all
 from moe_jax.config.check import require
 from moe_jax.training.files import CONFIG_FILE, RUN_FILE, read_json
+from moe_jax.training.loss_labels import CAPACITIES, SEES
 from moe_jax.training.run_record import extensions
-from moe_jax.training.ways import CAPACITIES, SEES
 from moe_jax.training.workdir import IMPORTED_FILE
 
 MAX_SETTINGS = 12  # columns of a table
@@ -61,10 +61,10 @@ class Comparison:
         return [entry.named("tokenizer") for entry in known]
 
     @property
-    def ways(self) -> list[str]:
-        """The ways of evaluation that any run has."""
+    def evaluations(self) -> list[str]:
+        """The evaluations that any run has: names of `CAPACITIES`."""
         return [
-            way for way in CAPACITIES if any(way in entry.score.losses for entry in self.entries)
+            name for name in CAPACITIES if any(name in entry.score.losses for entry in self.entries)
         ]
 
     @property
@@ -113,20 +113,20 @@ class Comparison:
 
     @property
     def loss_columns(self) -> list[Column]:
-        """The held-out losses, by way of evaluation and unit."""
+        """The held-out losses, by evaluation and unit."""
         columns = []
-        for way in self.ways:
-            there = [entry for entry in self.entries if way in entry.score.losses]
-            label = " or ".join(dict.fromkeys(printable(entry.label(way)) for entry in there))
+        for name in self.evaluations:
+            there = [entry for entry in self.entries if name in entry.score.losses]
+            label = " or ".join(dict.fromkeys(printable(entry.label(name)) for entry in there))
             for unit, title in UNITS.items():
-                values = tuple(entry.score.loss(way, unit) for entry in self.entries)
+                values = tuple(entry.score.loss(name, unit) for entry in self.entries)
                 marks = tuple(
                     ""
                     if value is None
-                    else "~" * (not is_final(entry)) + "*" * bool(entry.mark(way))
+                    else "~" * (not is_final(entry)) + "*" * bool(entry.mark(name))
                     for entry, value in zip(self.entries, values, strict=True)
                 )
-                name = f"heldout/{way}/{unit}"
+                name = f"heldout/{name}/{unit}"
                 columns.append(Column(name, f"{label}, {title}", values, ".4f", marks))
         return columns
 
@@ -266,7 +266,7 @@ def compare(entries: Sequence[Entry], order: str = "bits_per_byte") -> Compariso
 
     Args:
       entries: at least one.
-      order: one of `ORDERS`; losses are those of the first available way of evaluation, best first
+      order: one of `ORDERS`; losses are those of the first available evaluation, best first
         among the runs that are scored on one text.
 
     Raises:
@@ -276,17 +276,19 @@ def compare(entries: Sequence[Entry], order: str = "bits_per_byte") -> Compariso
         order in ORDERS, f"runs must be sorted by one of {list(ORDERS)}", repr(order), "Correct it"
     )
     texts = dict(zip(map(id, entries), heldout_texts(entries), strict=True))
-    ways = [way for way in CAPACITIES if any(way in entry.score.losses for entry in entries)]
+    evaluations = [
+        name for name in CAPACITIES if any(name in entry.score.losses for entry in entries)
+    ]
 
     def key(entry: Entry) -> tuple[Any, ...]:
         if order == "name":
             return ()
         if order == "tokens_per_s":
             return (-(entry.tokens_per_s or 0.0),)
-        loss = entry.score.loss(ways[0], order) if ways and is_final(entry) else None
+        loss = entry.score.loss(evaluations[0], order) if evaluations and is_final(entry) else None
         if loss is None or not math.isfinite(loss):
             return (1, "", False, 0.0)
-        return (0, texts[id(entry)], entry.mark(ways[0]) == SEES, loss)
+        return (0, texts[id(entry)], entry.mark(evaluations[0]) == SEES, loss)
 
     found = Comparison(tuple(entries), ())
     require(

@@ -10,7 +10,7 @@ from moe_jax.analysis.names import printable
 from moe_jax.analysis.paired import LEVEL, MIN_SEEDS, POWER, Paired, holm, paired
 from moe_jax.analysis.table import Column, of_all
 from moe_jax.config.check import require
-from moe_jax.training.ways import SEES
+from moe_jax.training.loss_labels import SEES
 
 NAME = "heldout/paired"
 
@@ -117,7 +117,7 @@ class Pairs:
     def _name(self, runs: SeedRuns) -> str:
         """The shared name of a config's runs, and the mark of the first one that counts."""
         entries = self.comparison.entries
-        mark = entries[runs.first].mark(self.comparison.ways[0])
+        mark = entries[runs.first].mark(self.comparison.evaluations[0])
         names = shared_name([entries[place].name for place in runs.places])
         return printable(names) + f" ({mark})" * bool(mark)
 
@@ -139,7 +139,7 @@ def pairs_of(comparison: Comparison, baseline: str = "") -> Pairs:
     def key(config: SeedRuns) -> tuple[bool, str]:
         entry = comparison.entries[config.first]
         names = [comparison.entries[place].name for place in config.places]
-        return entry.mark(comparison.ways[0]) == SEES, min(names)
+        return entry.mark(comparison.evaluations[0]) == SEES, min(names)
 
     if baseline:
         named = [config for config in scored if baseline in names_of(comparison, config)]
@@ -185,10 +185,10 @@ def all_groups(comparison: Comparison) -> list[list[int]]:
 
 
 def losses_of(comparison: Comparison, config: SeedRuns) -> dict[Any, float]:
-    """The held-out bits per byte of the seeds that count, by the first way of evaluation."""
+    """The held-out bits per byte of the seeds that count, by the first evaluation."""
     found = [
-        (seed, comparison.entries[place].score.loss(way, "bits_per_byte"))
-        for way in comparison.ways[:1]
+        (seed, comparison.entries[place].score.loss(name, "bits_per_byte"))
+        for name in comparison.evaluations[:1]
         for seed, place in config.counted.items()
     ]
     return {seed: loss for seed, loss in found if loss is not None and math.isfinite(loss)}

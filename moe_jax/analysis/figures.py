@@ -45,10 +45,10 @@ def loss_figure(
 
     Args:
       train: loss on the training batches, nats/token.
-      heldout: loss on held-out text, by way of evaluation, nats/token.
+      heldout: loss on held-out text, by evaluation, nats/token.
       bits_per_byte: loss on held-out text, by domain; "all" is the whole text.
-      train_label: the name of the loss on training batches (see `training.ways`).
-      bits_label: the name of the way of evaluation for `bits_per_byte`.
+      train_label: the name of the loss on training batches (see `training.loss_labels`).
+      bits_label: the name of the evaluation of `bits_per_byte`.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 HELDOUT_METRIC = re.compile(
-    r"heldout/(?P<way>[^/]+)/(domain/(?P<domain>.+)/)?(?P<metric>nats_per_token|bits_per_byte)"
+    r"heldout/(?P<evaluation>[^/]+)/(domain/(?P<domain>.+)/)?(?P<metric>nats_per_token|bits_per_byte)"
 )
 Row = dict[str, Any]
 
@@ -33,7 +33,7 @@ def last_evaluation(rows: Sequence[Mapping[str, Any]]) -> Row:
         evaluation: Row = {"step": row["step"]}
         for match, value in found:
             if match:
-                losses = evaluation.setdefault(match["way"], {"domains": {}})
+                losses = evaluation.setdefault(match["evaluation"], {"domains": {}})
                 if match["domain"]:
                     losses = losses["domains"].setdefault(match["domain"], {})
                 losses[match["metric"]] = value

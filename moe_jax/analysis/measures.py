@@ -238,15 +238,15 @@ def _saturation(
     """The saturation; None if there is no earlier checkpoint to compare with."""
     if not settling:
         return None
-    ways = {"first": slice(0, 1), "all": slice(None)}
+    counted = {"first": slice(0, 1), "all": slice(None)}
     return {
         "step": list(settling),
         **{
-            way: [plain(router_saturation(e[:, cut], last_JK[:, cut])) for e in settling.values()]
-            for way, cut in ways.items()
+            which: [plain(router_saturation(e[:, cut], last_JK[:, cut])) for e in settling.values()]
+            for which, cut in counted.items()
         },
         "random": {
-            way: plain(_choices_per_token(last_JK[:, cut]) / num_experts)
-            for way, cut in ways.items()
+            which: plain(_choices_per_token(last_JK[:, cut]) / num_experts)
+            for which, cut in counted.items()
         },
     }

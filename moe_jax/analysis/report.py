@@ -28,9 +28,15 @@ from moe_jax.training.files import (
     SAMPLE_FILE,
     read_json,
 )
+from moe_jax.training.loss_labels import (
+    CAPACITIES,
+    LossLabel,
+    loss_labels,
+    notes_of,
+    recorded_label,
+)
 from moe_jax.training.metrics import read_metrics, training_seconds
 from moe_jax.training.run_record import extensions
-from moe_jax.training.ways import CAPACITIES, Way, notes_of, way_of, ways_of
 
 LOAD_METRIC = re.compile(r"(?P<part>[^/]+)/(?P<layer>layer_(?P<number>\d+))/expert_load")
 
@@ -70,13 +76,15 @@ class Run:
         return f"extended from {before}" * bool(before)
 
     @functools.cached_property
-    def ways(self) -> dict[str, Way]:
+    def loss_labels(self) -> dict[str, LossLabel]:
         """How its losses are measured: as recorded, or from the config if that needs no import."""
         recorded = self.record.get("losses", {})
         if not recorded and not self.settings["sources"]:
             model = read_config(self.settings, ExperimentConfig).model
-            recorded = {kind: way._asdict() for kind, way in ways_of(model).items()}
-        return {kind: way_of(kind, recorded.get(kind, {})) for kind in ("train", *CAPACITIES)}
+            recorded = {kind: label._asdict() for kind, label in loss_labels(model).items()}
+        return {
+            kind: recorded_label(kind, recorded.get(kind, {})) for kind in ("train", *CAPACITIES)
+        }
 
     @functools.cached_property
     def layers(self) -> dict[str, str]:
@@ -183,14 +191,14 @@ def write_report(directory: str | pathlib.Path) -> pathlib.Path:
 
 def _png(run: Run, figure: Figure | None) -> bytes | None:
     """A figure as a file, with the mark of the run."""
-    return None if figure is None else png_bytes(stamp(figure, run.ways["dropless"].mark))
+    return None if figure is None else png_bytes(stamp(figure, run.loss_labels["dropless"].mark))
 
 
 def _draw_loss(run: Run) -> Figure:
     heldout = {
-        run.ways[way].name: run.curve(f"heldout/{way}/nats_per_token")
-        for way in CAPACITIES
-        if run.last(f"heldout/{way}/nats_per_token") is not None
+        run.loss_labels[name].name: run.curve(f"heldout/{name}/nats_per_token")
+        for name in CAPACITIES
+        if run.last(f"heldout/{name}/nats_per_token") is not None
     }
     matches = (HELDOUT_METRIC.fullmatch(name) for row in run.rows for name in row)
     domains = sorted({match["domain"] for match in matches if match and match["domain"]})
@@ -198,8 +206,11 @@ def _draw_loss(run: Run) -> Figure:
     names = {metric.format(name): name + " (domain)" * (name == "all") for name in domains}
     names["heldout/dropless/bits_per_byte"] = "all"
     bits = {title: run.curve(name) for name, title in names.items() if run.last(name) is not None}
-    ways = {"train_label": run.ways["train"].name, "bits_label": run.ways["dropless"].label}
-    return figures.loss_figure(run.curve("train/loss"), heldout, bits, **ways)
+    labels = {
+        "train_label": run.loss_labels["train"].name,
+        "bits_label": run.loss_labels["dropless"].label,
+    }
+    return figures.loss_figure(run.curve("train/loss"), heldout, bits, **labels)
 
 
 def _draw_load(run: Run) -> Figure | None:
@@ -245,31 +256,31 @@ def _heading(run: Run) -> str:
 
 
 def _result(run: Run) -> str:
-    """The losses: overall and by domain, all ways side by side, and what their marks mean."""
-    ways = [way for way in CAPACITIES if way in run.heldout]
+    """The losses: overall and by domain, all evaluations side by side; what marks mean."""
+    names = [name for name in CAPACITIES if name in run.heldout]
     loss = run.last("train/loss")
     lines = ["## Result", ""]
     if loss is not None:
-        mark = run.ways["train"].mark and f" ({run.ways['train'].mark})"
+        mark = run.loss_labels["train"].mark and f" ({run.loss_labels['train'].mark})"
         lines += [f"Training loss at the last logged step: {loss:.4f} nats/token{mark}.", ""]
-    notes = [f"\n{note}" for note in notes_of(way.mark for way in run.ways.values())]
-    if not ways:
+    notes = [f"\n{note}" for note in notes_of(label.mark for label in run.loss_labels.values())]
+    if not names:
         return "\n".join([*lines, "Held-out text was not evaluated.", *notes])
     units = ("nats/token", "bits/byte")
-    header = [f"{run.ways[way].name}, {unit}" for way in ways for unit in units]
-    domains = dict.fromkeys(name for way in ways for name in run.heldout[way].get("domains", {}))
-    rows = [("**all**", {way: run.heldout[way] for way in ways})]
+    header = [f"{run.loss_labels[name].name}, {unit}" for name in names for unit in units]
+    domains = dict.fromkeys(name for name in names for name in run.heldout[name].get("domains", {}))
+    rows = [("**all**", {name: run.heldout[name] for name in names})]
     rows += [
         (
             in_markdown(name),
-            {way: run.heldout[way].get("domains", {}).get(name, {}) for way in ways},
+            {name: run.heldout[name].get("domains", {}).get(name, {}) for name in names},
         )
         for name in domains
     ]
     cells = [
         [name, *(
-            _number(losses[way].get(metric), ".4f")
-            for way in ways for metric in ("nats_per_token", "bits_per_byte")
+            _number(losses[name].get(metric), ".4f")
+            for name in names for metric in ("nats_per_token", "bits_per_byte")
         )]
         for name, losses in rows
     ]  # fmt: skip

@@ -22,8 +22,8 @@ from moe_jax.config.convert import HEADER
 from moe_jax.jobs.log import LOG_FILE, failure
 from moe_jax.planning.arithmetic import count_flops, count_parameters
 from moe_jax.training.files import CONFIG_FILE, EVALUATION_FILE, METRICS_FILE, RUN_FILE, read_json
+from moe_jax.training.loss_labels import CAPACITIES, SEES
 from moe_jax.training.metrics import read_metrics
-from moe_jax.training.ways import CAPACITIES, SEES
 
 BEGUN = (METRICS_FILE, RUN_FILE, EVALUATION_FILE, LOG_FILE)
 FINISHED, NOT_EVALUATED, UNFINISHED = "finished", "not evaluated", "unfinished"
@@ -49,7 +49,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tokens_per_step": int,
     },
     EVALUATION_FILE: {"step": int} | {
-        f"{way}{unit}": kind for way in CAPACITIES for unit, kind in (
+        f"{name}{unit}": kind for name in CAPACITIES for unit, kind in (
             ("", dict), (".nats_per_token", NUMBER), (".bits_per_byte", NUMBER),
             (".tokens", NUMBER),
         )
@@ -65,7 +65,7 @@ class Score:
       step: the step after which they were measured.
       whole: whether of the whole held-out split; else of its first `training.evaluation_batches`
         batches.
-      losses: "nats_per_token" and "bits_per_byte", by way of evaluation.
+      losses: "nats_per_token" and "bits_per_byte", by evaluation, a name of `CAPACITIES`.
       num_bytes: bytes of text that were scored; 0 if not recorded.
     """
 
@@ -74,9 +74,9 @@ class Score:
     losses: dict[str, dict[str, Any]]
     num_bytes: int
 
-    def loss(self, way: str, unit: str) -> float | None:
+    def loss(self, evaluation: str, unit: str) -> float | None:
         """One of the losses, None if it was not measured."""
-        return self.losses.get(way, {}).get(unit)
+        return self.losses.get(evaluation, {}).get(unit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,25 +145,25 @@ class Entry:
             or not training.get("evaluation_batches")
             or found["step"] == self.num_steps
         )
-        losses = {way: found[way] for way in CAPACITIES if way in found}
+        losses = {name: found[name] for name in CAPACITIES if name in found}
         return Score(found.get("step", 0), whole, losses, scored_bytes(losses.get("dropless", {})))
 
-    def label(self, way: str) -> str:
-        """The label of a way of evaluation in this run."""
-        return str(self._said(way).get("label") or way.replace("_", "-"))
+    def label(self, evaluation: str) -> str:
+        """The label of an evaluation in this run."""
+        return str(self._said(evaluation).get("label") or evaluation.replace("_", "-"))
 
-    def mark(self, way: str) -> str:
+    def mark(self, evaluation: str) -> str:
         """What a reader must know about these losses: the model `SEES`, or saw, later tokens."""
         model = self.settings.get("model")
         stack = model.get("stack") if isinstance(model, dict) else None
         allowed = isinstance(stack, dict) and bool(stack.get("allow_lookahead"))
-        return str(self._said(way).get("mark", SEES if allowed else ""))
+        return str(self._said(evaluation).get("mark", SEES if allowed else ""))
 
-    def _said(self, way: str) -> dict[str, Any]:
-        """What the run has recorded about a way; runs of earlier versions recorded nothing."""
+    def _said(self, evaluation: str) -> dict[str, Any]:
+        """What the run recorded about an evaluation; earlier versions recorded nothing."""
         recorded = self.run.record.get("losses", {})
-        found = recorded.get(way) if isinstance(recorded, dict) else None
-        return found if isinstance(found, dict) else self.score.losses.get(way, {})
+        found = recorded.get(evaluation) if isinstance(recorded, dict) else None
+        return found if isinstance(found, dict) else self.score.losses.get(evaluation, {})
 
     @property
     def tokens_per_step(self) -> int | None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe_jax.analysis.drawing import layer_title
-from moe_jax.training.ways import SAW, SEES
+from moe_jax.training.loss_labels import SAW, SEES
 
 Layer = Mapping[str, Any]
 

@@ -123,10 +123,10 @@ KINDS: dict[str, dict[str, str]] = {
         "batch_entropy": "moe_jax.moe.balance:BatchEntropy",
     },
     "upcycling": {
-        "noise": "moe_jax.finetune.ways:Noise",
-        "drop": "moe_jax.finetune.ways:Drop",
-        "granular": "moe_jax.finetune.ways:Granular",
-        "shared": "moe_jax.finetune.ways:Shared",
+        "noise": "moe_jax.finetune.expert_changes:Noise",
+        "drop": "moe_jax.finetune.expert_changes:Drop",
+        "granular": "moe_jax.finetune.expert_changes:Granular",
+        "shared": "moe_jax.finetune.expert_changes:Shared",
     },
     "bias_update": {
         "sign": "moe_jax.moe.bias:SignUpdate",

@@ -11,6 +11,7 @@ import numpy as np
 
 from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
+from moe_jax.finetune.expert_changes import HIDDEN_DIM, OUTWARD
 from moe_jax.finetune.remodel import (
     Origin,
     Path,
@@ -21,7 +22,6 @@ from moe_jax.finetune.remodel import (
     with_parts,
 )
 from moe_jax.finetune.upcycle import gates_without_preference
-from moe_jax.finetune.ways import HIDDEN_DIM, OUTWARD
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.models.model import LanguageModel
 from moe_jax.part import Dims, Part

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
 from moe_jax.config.settings import Settings, setting
+from moe_jax.finetune.expert_changes import OUTWARD, Copies, ExpertChange
 from moe_jax.finetune.remodel import (
     Origin,
     Path,
@@ -20,7 +21,6 @@ from moe_jax.finetune.remodel import (
     with_model,
     with_parts,
 )
-from moe_jax.finetune.ways import OUTWARD, Copies, Way
 from moe_jax.models.layout import LayerNames, StackLayout
 from moe_jax.models.model import LanguageModel
 from moe_jax.moe.capacity import Capacity
@@ -46,7 +46,7 @@ class Upcycling(Settings):
         router=TokenChoice(renormalize=True),
         capacity=Capacity(train_factor=0, eval_factor=0),
     )
-    ways: tuple[Way, ...] = ()  # changes to copies of the dense network, in this order
+    changes: tuple[ExpertChange, ...] = ()  # changes to copies of the dense network, in this order
     every: int = setting(1, at_least=1)  # N: of each N layers of a stack, the last becomes sparse
     # These layers instead, numbered across all stacks; (): by `every`.
     layers: tuple[int, ...] = setting((), at_least=0)
@@ -67,9 +67,9 @@ class Upcycling(Settings):
         )
         require(
             self.moe.shared_expert_dim == 0,
-            "only the way 'shared' can make a shared expert from the dense network",
+            "only the change 'shared' can make a shared expert from the dense network",
             f"moe.shared_expert_dim={self.moe.shared_expert_dim}",
-            "Leave it out of the block, and name the way shared:dim=N",
+            "Leave it out of the block, and name the change shared:dim=N",
         )
 
     def chooses(self, place: int, number: int) -> bool:
@@ -83,24 +83,24 @@ class Upcycled(Origin):
     """The origin of an MoE block: copies of a dense network, and a newly drawn router.
 
     Attributes:
-      blocks: the block before each way, then the final block.
-      ways: in order.
+      blocks: the block before each change, then the final block.
+      changes: in order.
       factor: multiplies the outputs of experts.
       router_stddev: see `Upcycling`.
     """
 
     def __init__(self, dense: Part, upcycling: Upcycling, dims: Dims):
         start = dataclasses.replace(upcycling.moe, **settings_of(dense))
-        self.ways = upcycling.ways
+        self.changes = upcycling.changes
         self.blocks = [start]
-        for way in self.ways:
-            block = way.block(self.block)
+        for change in self.changes:
+            block = change.block(self.block)
             require(
                 block.shared_expert_dim == self.block.shared_expert_dim
                 or self.block.expert_dim == start.expert_dim,
                 "a shared expert must be taken from the whole dense network",
-                f"the ways before leave {self.block.expert_dim} of {start.expert_dim} hidden units",
-                "Name the way 'shared' before 'granular'",
+                f"changes before leave {self.block.expert_dim} of {start.expert_dim} hidden units",
+                "Name 'shared' before 'granular'",
             )
             self.blocks.append(block)
         self.spec_of = specs_by_path(self.block, dims)
@@ -123,7 +123,7 @@ class Upcycled(Origin):
         if path[0] == "shared":
             (value,) = old
             return functools.reduce(
-                lambda value, way: way.shared(path[-1], value), self.ways, value
+                lambda value, change: change.shared(path[-1], value), self.changes, value
             )
         if path[0] == "experts":
             return self.experts(path[-1], old[0], key, moment)
@@ -132,20 +132,20 @@ class Upcycled(Origin):
     def experts(self, name: str, dense: jax.Array, key: jax.Array, moment: bool) -> jax.Array:
         """A weight of the experts, [E, ...], from that of the dense network."""
         value = jnp.broadcast_to(dense, (self.block.num_experts, *dense.shape))
-        for place, (way, moe) in enumerate(zip(self.ways, self.blocks, strict=False)):
+        for place, (change, moe) in enumerate(zip(self.changes, self.blocks, strict=False)):
             own = jax.random.fold_in(key, place)
-            value = way.experts(Copies(name, value, moment), moe, own)
+            value = change.experts(Copies(name, value, moment), moe, own)
         return value if moment or name not in OUTWARD else value * self.factor
 
     def drawn(self, path: Path, key: jax.Array) -> jax.Array:
         """A parameter that the dense model lacks: one of the router."""
         spec = self.spec_of[path]
-        value = spec.init(jax.random.fold_in(key, len(self.ways)), spec.shape, spec.dtype)
+        value = spec.init(jax.random.fold_in(key, len(self.changes)), spec.shape, spec.dtype)
         if path == ("router", "weight") and self.router_stddev is not None:
             value = value * (self.router_stddev / jnp.maximum(jnp.std(value), 1e-30))
         if spec.shape[-1] != self.block.num_options:
             return value
-        pairs = zip(self.ways, self.blocks, strict=False)
+        pairs = zip(self.changes, self.blocks, strict=False)
         return functools.reduce(lambda value, one: one[0].router(value, one[1]), pairs, value)
 
 

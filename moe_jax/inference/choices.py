@@ -13,7 +13,7 @@ from moe_jax.data import open_tokenizer_of
 from moe_jax.data.open_file import decode
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.inference.scoring import Pair, Scored, encode_pair, score_continuations
-from moe_jax.training.ways import ways_of
+from moe_jax.training.loss_labels import loss_labels
 
 EXAMPLE = '{"question": "The sky is", "choices": ["blue", "an apple"], "answer": 0}'
 
@@ -92,7 +92,7 @@ def choose(
     Returns:
       `accuracy`, the share of questions whose right choice has the highest log-likelihood;
       `accuracy_per_byte`, the same for the log-likelihood per UTF-8 byte of the choice; the `label`
-      and `mark` of such scores (see `training.ways`); and `questions`, a list with the fields of
+      and `mark` of such scores (`training.loss_labels`); and `questions`, a list with the fields of
       each question, `log_likelihoods`, `num_tokens` and `is_greedy` by choice, and the indices
       `chosen` and `chosen_per_byte`.
 
@@ -109,7 +109,7 @@ def choose(
         name: float(np.mean([record[chosen] == record["answer"] for record in records]))
         for name, chosen in (("accuracy", "chosen"), ("accuracy_per_byte", "chosen_per_byte"))
     }
-    return ways_of(config.model)["dropless"]._asdict() | shares | {"questions": records}
+    return loss_labels(config.model)["dropless"]._asdict() | shares | {"questions": records}
 
 
 def encode_questions(

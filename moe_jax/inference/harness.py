@@ -24,8 +24,8 @@ from moe_jax.data import open_tokenizer_of
 from moe_jax.inference.generation import ROWS
 from moe_jax.inference.scoring import encode_pair, score_continuations
 from moe_jax.inference.text import stream_encoded
+from moe_jax.training.loss_labels import NOTES, SEES, loss_labels
 from moe_jax.training.saved import load_run
-from moe_jax.training.ways import NOTES, SEES, ways_of
 
 logger = logging.getLogger(__name__)
 
@@ -85,14 +85,14 @@ class HarnessModel:
         self.max_length = context or self.config.data.sequence_length
         self.add_bos = add_bos
         self.has_encoder = self.config.model.has_encoder
-        self.way = ways_of(self.config.model)["dropless"]
-        if self.way.mark == SEES:
+        self.label = loss_labels(self.config.model)["dropless"]
+        if self.label.mark == SEES:
             logger.warning("%s", NOTES[SEES])
 
     def get_model_info(self) -> dict[str, Any]:
         """The entry on the model in the results, including whether it sees later tokens."""
-        way = {"routing": self.way.label, "mark": self.way.mark}
-        return {"step": self.step, "context": self.max_length, "add_bos": self.add_bos, **way}
+        scored = {"routing": self.label.label, "mark": self.label.mark}
+        return {"step": self.step, "context": self.max_length, "add_bos": self.add_bos, **scored}
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """The log-likelihood of each (context, continuation), and whether it is greedy."""

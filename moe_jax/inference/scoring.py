@@ -71,7 +71,7 @@ def score_continuations(
 
     Returns:
       One `Scored` per pair, in order. If the model looks at later tokens, it may have seen the
-      tokens that it scores: `training.ways.ways_of` returns the mark for that.
+      tokens that it scores: `training.loss_labels.loss_labels` returns the mark for that.
 
     Raises:
       ValueError: a context or continuation is empty or contains an id that the model does not know;

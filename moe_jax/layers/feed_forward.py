@@ -10,7 +10,7 @@ from moe_jax.config.settings import setting
 from moe_jax.costs import Cost, ffn_cost
 from moe_jax.moe.activations import Activation, Relu
 from moe_jax.moe.experts import FeedForward
-from moe_jax.parameters import SHARED, ffn_specs
+from moe_jax.parameters import SAME_WEIGHTS, ffn_specs
 from moe_jax.part import Call, Dims, Output, Own, Part
 
 
@@ -45,4 +45,4 @@ class Mlp(Part):
 
     def apply(self, params: Any, x_BLM: jax.Array, call: Call, own: Own) -> Output:
         """See `Part`."""
-        return FeedForward(self.activation)(x_BLM, params, SHARED), None, None
+        return FeedForward(self.activation)(x_BLM, params, SAME_WEIGHTS), None, None

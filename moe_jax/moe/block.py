@@ -16,7 +16,7 @@ from moe_jax.moe.run_experts.buffer import Combined
 from moe_jax.moe.run_experts.plan import Plan, plan_experts
 from moe_jax.moe.statistics import measure
 from moe_jax.parallel.rules import constrain
-from moe_jax.parameters import SHARED, linear, of_experts
+from moe_jax.parameters import SAME_WEIGHTS, linear, of_experts
 from moe_jax.part import Aux, Call, Dims, Own
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def routed_experts(
 @jax.named_scope("shared_expert")
 def shared_expert(params: Any, x_GSM: jax.Array, moe: "MoE") -> jax.Array:
     """The output of the shared expert, which every token uses: [G, S, M]."""
-    y_GSM = FeedForward(moe.activation)(x_GSM, params, SHARED)
+    y_GSM = FeedForward(moe.activation)(x_GSM, params, SAME_WEIGHTS)
     if moe.shared_expert_gate:
         y_GSM *= jax.nn.sigmoid(linear(x_GSM, params["gate"]))
     return y_GSM

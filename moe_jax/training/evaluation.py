@@ -1,4 +1,4 @@
-"""Held-out loss, overall and per domain, in each of the `ways` (legend: `moe_jax.moe`).
+"""Held-out loss, overall and per domain, at each of the `CAPACITIES` (legend: `moe_jax.moe`).
 
 C counts chunks of positions, D domains.
 """
@@ -23,8 +23,8 @@ from moe_jax.parallel.rules import constrain
 from moe_jax.part import NOTHING
 from moe_jax.training.logits_chunks import over_chunks
 from moe_jax.training.loss import Batch, call_of_batch, replayed_choices, target_nats
+from moe_jax.training.loss_labels import CAPACITIES, loss_labels
 from moe_jax.training.placement import inference_rows
-from moe_jax.training.ways import CAPACITIES, ways_of
 
 
 class SequenceSums(NamedTuple):
@@ -235,12 +235,12 @@ def score(
     Returns:
       `dropless` and, for a model with experts of limited capacity, `capacity_limited`. Each
       contains `nats_per_token`, `perplexity` (per token), `bits_per_byte` and `tokens`; the same
-      per domain under `domains`; `label` and `mark` (see `ways`); and, with a bounded buffer,
+      per domain under `domains`; `label` and `mark` (see `LossLabel`); and, with a bounded buffer,
       `buffer_overflow`, the lost choices by layer. Also `domain_expert_share` of the `dropless`
       evaluation, by layer and domain.
     """
-    ways = ways_of(config.model)
-    totals = {name: DomainSums(domains) for name in CAPACITIES if name in ways}
+    labels = loss_labels(config.model)
+    totals = {name: DomainSums(domains) for name in CAPACITIES if name in labels}
     for index, batch in enumerate(batches):
         batch = dict(batch)
         domain_B = batch.pop("domain")
@@ -256,7 +256,7 @@ def score(
             total.add(sums, domain_B)
     shares = totals["dropless"].expert_share(config.model.moe_layers)
     losses = {
-        name: ways[name]._asdict() | total.losses() | total.overflow(config.model.moe_layers)
+        name: labels[name]._asdict() | total.losses() | total.overflow(config.model.moe_layers)
         for name, total in totals.items()
     }
     return losses | {"domain_expert_share": shares}

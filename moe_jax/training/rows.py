@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.training.loss_labels import CAPACITIES, recorded_label
 from moe_jax.training.step import StepMetrics
-from moe_jax.training.ways import CAPACITIES, way_of
 
 
 def metrics_row(metrics: StepMetrics, layers_of: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def evaluation_line(step: int, said: Mapping[str, Any]) -> str:
             bits = f", {loss['bits_per_byte']:.4f} bits/byte"
             lost = f", {lost_choices(loss):,} choices lost" if "buffer_overflow" in loss else ""
             cells.append(
-                f"{way_of(kind, loss).name} {loss['nats_per_token']:.4f} nats/token"
+                f"{recorded_label(kind, loss).name} {loss['nats_per_token']:.4f} nats/token"
                 f"{bits if has_bits(loss) else ''}{lost};"
             )
     return " ".join(cells).rstrip(";")

@@ -17,7 +17,7 @@ from moe_jax.config import ExperimentConfig, to_dict, write_config
 from moe_jax.config.json_text import json_text
 from moe_jax.files import write_atomically
 from moe_jax.training.files import CONFIG_FILE, RUN_FILE, DamagedFileError, read_json, set_aside
-from moe_jax.training.ways import ways_of
+from moe_jax.training.loss_labels import loss_labels
 
 logger = logging.getLogger(__name__)
 
@@ -74,14 +74,14 @@ def write_run_record(
       The record.
     """
     directory = pathlib.Path(directory)
-    ways = {name: way._asdict() for name, way in ways_of(config.model).items()}
+    losses = {name: label._asdict() for name, label in loss_labels(config.model).items()}
     record = {
         "start_step": start_step,
         "num_steps": config.training.num_steps,
         "num_microbatches": config.training.num_microbatches,
         "mesh": to_dict(config.mesh),
         **run_record(),
-        "losses": ways,
+        "losses": losses,
         **(facts or {}),
     }
     if jax.process_index() != 0:

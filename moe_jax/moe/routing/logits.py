@@ -13,7 +13,7 @@ from moe_jax.config.settings import Settings, setting
 from moe_jax.moe.routing import Options, Router, RouterInputs, Routing
 from moe_jax.parameters import (
     ParameterSpec,
-    Shared,
+    SameWeights,
     dense,
     grouped,
     truncated_normal_init,
@@ -249,8 +249,8 @@ def router_vector(size: int) -> ParameterSpec:
     return ParameterSpec((size,), (None,), zeros, "router", decays=False)
 
 
-class HighestPrecision(Shared):
-    """`Shared` at the highest precision: by default a TPU multiplies float32 in bfloat16."""
+class HighestPrecision(SameWeights):
+    """`SameWeights` at the highest precision: by default a TPU multiplies float32 in bfloat16."""
 
     def matmul(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         """[G, S, I] @ [I, O] -> [G, S, O]."""

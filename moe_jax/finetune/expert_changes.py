@@ -1,7 +1,7 @@
-"""How experts start from a dense feed-forward network; ways compose (legend: `moe_jax.moe`).
+"""How experts start from a dense feed-forward network; changes compose (legend: `moe_jax.moe`).
 
 Every expert starts as a copy of the dense network: `wi`, `wg` [M, H], `wo` [H, M], biases `bi`,
-`bg` [H] and `bo` [M]. Ways change the copies, one after another. Your own way derives from `Way`
+`bg` [H] and `bo` [M]. Changes follow one another. Your own derives from `ExpertChange`
 and is named by its import path.
 """
 
@@ -40,7 +40,7 @@ class Copies(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Way(Settings):
+class ExpertChange(Settings):
     """A change to experts that are copies of a dense network."""
 
     family: ClassVar[str] = "upcycling"
@@ -49,10 +49,10 @@ class Way(Settings):
         """The settings of the block that the experts are for.
 
         Args:
-          moe: the block before this way; its `expert_dim` is that of the incoming experts.
+          moe: the block before this change; its `expert_dim` is that of the incoming experts.
 
         Raises:
-          ValueError: the way does not fit the block.
+          ValueError: the change does not fit the block.
         """
         return moe
 
@@ -60,15 +60,15 @@ class Way(Settings):
         """A weight of all experts of a layer, [E, ...]; a pure function.
 
         Args:
-          copies: the weight after the earlier ways.
-          moe: the block before this way.
-          key: of the layer and the way, the same for every weight.
+          copies: the weight after the earlier changes.
+          moe: the block before this change.
+          key: of the layer and the change, the same for every weight.
         """
         del moe, key
         return copies.value
 
     def shared(self, name: str, value: jax.Array) -> jax.Array:
-        """A weight of the shared expert, from the dense network's weight after earlier ways."""
+        """A weight of the shared expert, from the dense network's weight after earlier changes."""
         del name
         return value
 
@@ -79,7 +79,7 @@ class Way(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class Noise(Way):
+class Noise(ExpertChange):
     """Gaussian noise on some hidden units of each expert, drawn independently per expert.
 
     Source: Komatsuzaki et al. 2022, arXiv:2212.05055, App. B (noise does not help); half of the
@@ -90,7 +90,7 @@ class Noise(Way):
     ratio: float = setting(0.5, above=0, at_most=1)  # share of hidden units with noise
 
     def experts(self, copies: Copies, moe: MoE, key: jax.Array) -> jax.Array:
-        """See `Way`; moments and `bo`, which belongs to no hidden unit, stay the same."""
+        """See `ExpertChange`; moments and `bo`, which belongs to no hidden unit, stay the same."""
         if copies.moment or copies.name not in HIDDEN_DIM:
             return copies.value
         drawn_EH = drawn_units(key, self.ratio, moe)
@@ -99,7 +99,7 @@ class Noise(Way):
 
 
 @dataclasses.dataclass(frozen=True)
-class Drop(Way):
+class Drop(ExpertChange):
     """Draws some hidden units of each expert anew, with the mean and deviation of their old values.
 
     The redrawn units of an expert are the same in all of its matrices. Each matrix uses its own
@@ -112,7 +112,7 @@ class Drop(Way):
     ratio: float = setting(0.5, above=0, at_most=1)  # share of hidden units to redraw
 
     def experts(self, copies: Copies, moe: MoE, key: jax.Array) -> jax.Array:
-        """See `Way`; `bo`, which belongs to no hidden unit, stays the same."""
+        """See `ExpertChange`; `bo`, which belongs to no hidden unit, stays the same."""
         if copies.name not in HIDDEN_DIM:
             return copies.value
         value, drawn = copies.value, copies.of_units(drawn_units(key, self.ratio, moe))
@@ -140,7 +140,7 @@ def key_of(key: jax.Array, name: str) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Granular(Way):
+class Granular(ExpertChange):
     """Smaller experts: cuts each network into shards of its hidden units.
 
     Expert e gets shard e % G, so that G neighbours, a virtual group, are one whole network. Their
@@ -153,7 +153,7 @@ class Granular(Way):
     shards: int = setting(2, at_least=2)  # G; divides the hidden units, the experts and top-K
 
     def block(self, moe: MoE) -> MoE:
-        """See `Way`."""
+        """See `ExpertChange`."""
         require(
             moe.expert_dim % self.shards == 0 and moe.num_experts % self.shards == 0,
             "the shards of granular experts must divide their hidden units and their number",
@@ -163,7 +163,7 @@ class Granular(Way):
         return dataclasses.replace(moe, expert_dim=moe.expert_dim // self.shards)
 
     def experts(self, copies: Copies, moe: MoE, key: jax.Array) -> jax.Array:
-        """See `Way`."""
+        """See `ExpertChange`."""
         if copies.name not in HIDDEN_DIM:
             return copies.value
         dim, size = HIDDEN_DIM[copies.name], moe.expert_dim // self.shards
@@ -176,13 +176,13 @@ class Granular(Way):
         return value * self.shards if copies.name == "wo" and not copies.moment else value
 
     def router(self, value: jax.Array, moe: MoE) -> jax.Array:
-        """See `Way`: all experts of a group have the values of its first expert."""
+        """See `ExpertChange`: all experts of a group have the values of its first expert."""
         first_E = jnp.arange(moe.num_experts) // self.shards * self.shards
         return value[..., first_E]
 
 
 @dataclasses.dataclass(frozen=True)
-class Shared(Way):
+class Shared(ExpertChange):
     """A shared expert that every token uses, in addition to the routed experts.
 
     It has the first `dim` hidden units of the dense network; routed experts are copies of the other
@@ -195,14 +195,14 @@ class Shared(Way):
     dim: int = setting(0, at_least=0)  # hidden units of the shared expert; 0: all of the network's
 
     def block(self, moe: MoE) -> MoE:
-        """See `Way`."""
+        """See `ExpertChange`."""
         require(
             self.dim < moe.expert_dim and moe.shared_expert_dim == 0,
             "one shared expert must have some of the hidden units of the dense network, or all "
             "with dim=0",
             f"dim={self.dim}, hidden units {moe.expert_dim}, a shared expert of "
             f"{moe.shared_expert_dim} before",
-            "Lower dim, and name the way 'shared' once, before 'granular'",
+            "Lower dim, and name 'shared' once, before 'granular'",
         )
         return dataclasses.replace(
             moe,
@@ -211,14 +211,14 @@ class Shared(Way):
         )
 
     def experts(self, copies: Copies, moe: MoE, key: jax.Array) -> jax.Array:
-        """See `Way`."""
+        """See `ExpertChange`."""
         value, dim = copies.value, HIDDEN_DIM.get(copies.name)
         if dim is None or (self.dim == 0 and copies.name == "wo"):
             return jnp.zeros_like(value)
         return jax.lax.slice_in_dim(value, self.dim, None, axis=dim % value.ndim)
 
     def shared(self, name: str, value: jax.Array) -> jax.Array:
-        """See `Way`."""
+        """See `ExpertChange`."""
         dim = HIDDEN_DIM.get(name)
         if dim is None or self.dim == 0:
             return value

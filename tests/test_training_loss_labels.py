@@ -7,9 +7,9 @@ import pytest
 
 from moe_jax.evaluate import table
 from moe_jax.generate import note_on
+from moe_jax.training.loss_labels import SAW, SEES, LossLabel, loss_labels, notes_of, recorded_label
 from moe_jax.training.rows import evaluation_line, evaluation_row
 from moe_jax.training.run_record import write_run_record
-from moe_jax.training.ways import SAW, SEES, Way, notes_of, way_of, ways_of
 from tests.tiny_run import DENSE, tiny_config, tiny_moe
 
 EXPERT_CHOICE = {"router": "expert_choice", "bias": None}
@@ -39,10 +39,10 @@ def config_of(**moe):
     ],
 )
 def test_marks_are_what_the_model_says_of_itself(moe, train, dropless, limited):
-    expected = {"train": Way("train", train), "dropless": Way(*dropless)}
+    expected = {"train": LossLabel("train", train), "dropless": LossLabel(*dropless)}
     if limited is not None:
-        expected["capacity_limited"] = Way("capacity-limited", limited)
-    assert ways_of(config_of(**moe).model) == expected
+        expected["capacity_limited"] = LossLabel("capacity-limited", limited)
+    assert loss_labels(config_of(**moe).model) == expected
 
 
 BUFFER = {"run_experts": "ragged", "buffer_factor": 1.5}
@@ -57,10 +57,10 @@ BUFFER = {"run_experts": "ragged", "buffer_factor": 1.5}
     ],
 )
 def test_what_may_lose_choices_on_the_way_is_not_called_dropless(moe, train, dropless):
-    ways = ways_of(config_of(**moe).model)
-    assert (ways["train"].mark, ways["dropless"]) == (train, Way(*dropless))
+    labels = loss_labels(config_of(**moe).model)
+    assert (labels["train"].mark, labels["dropless"]) == (train, LossLabel(*dropless))
     limited = "capacity-limited, bounded buffer" if "eval_buffer_factor" in moe else ""
-    assert ways["capacity_limited"].label == (limited or "capacity-limited")
+    assert labels["capacity_limited"].label == (limited or "capacity-limited")
 
 
 def test_lost_choices_stand_beside_an_evaluation():
@@ -77,16 +77,16 @@ def test_lost_choices_stand_beside_an_evaluation():
 def test_a_stack_that_is_not_causal_sees_later_tokens():
     model = tiny_config(DENSE).model
     encoder = dataclasses.replace(model, stack=dataclasses.replace(model.stack, causal=False))
-    assert ways_of(encoder)["dropless"] == Way("dropless", SEES)
-    assert ways_of(model) == {
-        "train": Way("train", ""),
-        "dropless": Way("dropless", ""),
+    assert loss_labels(encoder)["dropless"] == LossLabel("dropless", SEES)
+    assert loss_labels(model) == {
+        "train": LossLabel("train", ""),
+        "dropless": LossLabel("dropless", ""),
     }
 
 
-def losses(nats, **way):
+def losses(nats, **label):
     loss = {"nats_per_token": nats, "bits_per_byte": nats, "tokens": 1.0}
-    return {**loss, "domains": {"a" * 30: loss, "<b>\n": loss}, **way}
+    return {**loss, "domains": {"a" * 30: loss, "<b>\n": loss}, **label}
 
 
 def test_evaluate_marks_what_it_prints():
@@ -112,7 +112,7 @@ def test_generate_says_what_later_tokens_mean_for_a_text():
 def test_an_evaluation_of_an_earlier_version_is_read_as_it_was():
     said = {"dropless": losses(1.5), "capacity_limited": losses(math.nan)}
     assert table(said).splitlines()[0].split() == ["dropless", "capacity-limited"]
-    assert way_of("capacity_limited", said["capacity_limited"]).name == "capacity-limited"
+    assert recorded_label("capacity_limited", said["capacity_limited"]).name == "capacity-limited"
     assert "sees" not in table(said)
 
 

@@ -1,4 +1,4 @@
-"""The ways a loss is measured: what each is called, and whether later tokens were seen.
+"""The names of losses by how they were measured, and whether later tokens were seen.
 
 Expert choice, Soft MoE, and queues that serve later tokens first can leak the predicted tokens into
 their prediction. `LanguageModel.looks_ahead` detects this; here are the words that mark every
@@ -21,8 +21,8 @@ NOTES = {
 CAPACITIES = {"dropless": 0.0, "capacity_limited": None}  # requested capacity; None: parts' own
 
 
-class Way(NamedTuple):
-    """A way a loss is measured.
+class LossLabel(NamedTuple):
+    """How a loss is measured.
 
     Attributes:
       label: its name.
@@ -38,36 +38,36 @@ class Way(NamedTuple):
         return f"{self.label} ({self.mark})" if self.mark else self.label
 
 
-def ways_of(model: LanguageModel) -> dict[str, Way]:
+def loss_labels(model: LanguageModel) -> dict[str, LossLabel]:
     """How the losses of a model are measured.
 
     Returns:
-      Ways by metric name: "train", "dropless", and "capacity_limited" if experts have a capacity in
-      evaluation. "dropless" requests no capacity. Experts that fill their slots then keep the slots
-      of training, so its label is "slots of training". If a bounded buffer may lose choices, the
-      labels mention it, and none is "dropless".
+      Labels by metric name: "train", "dropless", and "capacity_limited" if experts have a capacity
+      in evaluation. "dropless" requests no capacity. Experts that fill their slots then keep the
+      slots of training, so its label is "slots of training". If a bounded buffer may lose
+      choices, the labels mention it, and none is "dropless".
     """
     in_training = model.looks_ahead(training=True)
     models = {"dropless": without_capacity(model)}
     models |= {"capacity_limited": model} if model.has_capacity else {}
     fills = any(moe.capacity_factor(False, 0.0) > 0 for moe in model.moe_parts.values())
-    labels = {
+    texts = {
         "dropless": "slots of training" if fills else "dropless",
         "capacity_limited": "capacity-limited",
     }
     if any(moe.buffer_loses(training=False) for moe in model.moe_parts.values()):
-        labels["capacity_limited"] += ", bounded buffer"
-        labels["dropless"] = "slots of training, bounded buffer" if fills else "bounded buffer"
-    ways = {"train": Way("train", SEES if in_training else "")}
+        texts["capacity_limited"] += ", bounded buffer"
+        texts["dropless"] = "slots of training, bounded buffer" if fills else "bounded buffer"
+    labels = {"train": LossLabel("train", SEES if in_training else "")}
     for name, one in models.items():
         mark = SEES if one.looks_ahead(training=False) else SAW if in_training else ""
-        ways[name] = Way(labels[name], mark)
-    return ways
+        labels[name] = LossLabel(texts[name], mark)
+    return labels
 
 
-def way_of(kind: str, said: Mapping[str, Any]) -> Way:
+def recorded_label(kind: str, said: Mapping[str, Any]) -> LossLabel:
     """How a recorded loss was measured; files of earlier versions get defaults."""
-    return Way(said.get("label", kind.replace("_", "-")), said.get("mark", ""))
+    return LossLabel(said.get("label", kind.replace("_", "-")), said.get("mark", ""))
 
 
 def notes_of(marks: Iterable[str]) -> list[str]:
