@@ -92,13 +92,13 @@ def trained(
     elif other := link_same_run(config, workdir):
         print(f"{other.parent.parent.name} has trained this run: {other}", flush=True)
     if workdir.is_symlink():
-        said: dict[str, Any] = read_json(workdir / EVALUATION_FILE)
-        return said
+        evaluation: dict[str, Any] = read_json(workdir / EVALUATION_FILE)
+        return evaluation
     return train(config, workdir)
 
 
 def outcome_of(
-    study: Study, config: ExperimentConfig, workdir: pathlib.Path, said: dict[str, Any]
+    study: Study, config: ExperimentConfig, workdir: pathlib.Path, evaluation: dict[str, Any]
 ) -> dict[str, Any]:
     """The losses, curve and measures of a run.
 
@@ -106,13 +106,17 @@ def outcome_of(
       study: the study of the run.
       config: its settings.
       workdir: its directory.
-      said: its last evaluation.
+      evaluation: its last evaluation.
     """
     rows = read_metrics(workdir / METRICS_FILE)
     return {
-        "heldout": {kind: said[kind] for kind in ("dropless", "capacity_limited") if kind in said},
+        "heldout": {
+            kind: evaluation[kind]
+            for kind in ("dropless", "capacity_limited")
+            if kind in evaluation
+        },
         "curve": curve_of(workdir, rows),
-        "measures": measures_of(said, rows, config.training.num_steps)
+        "measures": measures_of(evaluation, rows, config.training.num_steps)
         | dict(study.measure(workdir) if study.measure else {}),
     }
 
@@ -138,7 +142,7 @@ def curve_of(workdir: pathlib.Path, rows: list[dict[str, Any]]) -> dict[str, lis
     curve = {row["step"]: row[CURVE] for row in rows if CURVE in row}
     config, state = load_run(workdir, trust=True)  # a study may define its own parts
     if config.training.evaluation_batches:
-        said = evaluate(
+        evaluation = evaluate(
             state.params,
             state.model_state,
             config,
@@ -146,18 +150,18 @@ def curve_of(workdir: pathlib.Path, rows: list[dict[str, Any]]) -> dict[str, lis
             max_batches=config.training.evaluation_microbatches,
             step=state.step,
         )
-        curve[config.training.num_steps] = said["dropless"][LOSS]
+        curve[config.training.num_steps] = evaluation["dropless"][LOSS]
     steps = sorted(curve)
     return {"step": steps, LOSS: [curve[step] for step in steps]}
 
 
 def measures_of(
-    said: dict[str, Any], rows: list[dict[str, Any]], num_steps: int
+    evaluation: dict[str, Any], rows: list[dict[str, Any]], num_steps: int
 ) -> dict[str, float]:
     """Held-out bits per byte, and routing metrics averaged over layers and late steps."""
-    measures = {LOSS: said["dropless"][LOSS]}
-    if "capacity_limited" in said:
-        measures["capacity_limited"] = said["capacity_limited"][LOSS]
+    measures = {LOSS: evaluation["dropless"][LOSS]}
+    if "capacity_limited" in evaluation:
+        measures["capacity_limited"] = evaluation["capacity_limited"][LOSS]
     for name in ("dropped_fraction", "max_violation", "router_entropy"):
         if values := late_values(rows, name, num_steps):
             measures[name] = statistics.fmean(values)

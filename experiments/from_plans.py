@@ -72,23 +72,23 @@ def exchange_of(
 
 def memory_text(plans: dict[str, Any]) -> str:
     """The text about memory against compute."""
-    said = [
+    parts = [
         f"{one['config']} {one['total'] / 1e9:.1f} B parameters for {one['active'] / 1e9:.1f} B of "
         "a token"
         for one in plans["memory"]
     ]
-    return "**by arithmetic, yes**: " + ", ".join(said)
+    return "**by arithmetic, yes**: " + ", ".join(parts)
 
 
 def exchange_text(plans: dict[str, Any]) -> str:
     """The text about all-to-all at scale."""
-    said = [
+    parts = [
         f"{one['exchange_seconds'] / one['compute_seconds']:.2f} ({one['config']}, {one['pod']}, "
         f"experts over {one['mesh']['expert']})"
         for one in plans["exchange"]
     ]
     yes = "**by arithmetic, where experts span nodes of GPUs**"
-    return f"{yes}. Exchange over computing: {', '.join(said)}"
+    return f"{yes}. Exchange over computing: {', '.join(parts)}"
 
 
 def read_plans() -> dict[str, Any]:

@@ -56,7 +56,7 @@ def figure_name(size: str) -> str:
     return "curves.png" if size == "small" else f"curves_{size}.png"
 
 
-def judged(study: Study, size: str, results: Results) -> Judged:
+def judge_study(study: Study, size: str, results: Results) -> Judged:
     """The findings behind the verdict of a study, by the current rule and by the earlier rule.
 
     While runs are missing, no claim is decided.
@@ -105,17 +105,17 @@ def results_of(study: Study, size: str, directory: pathlib.Path | None = None) -
 
 def study_page(study: Study, size: str, results: Results) -> str:
     """The README of a study."""
-    said = judged(study, size, results)
-    older = said.older_verdict
+    judged = judge_study(study, size, results)
+    older = judged.older_verdict
     command = f"python -m experiments.run {study.place} --size={size}"
     parts = [
         f"# {study.question}",
-        f"Verdict: **{said.verdict}**"
+        f"Verdict: **{judged.verdict}**"
         + f"; under the earlier rule, by which it was run, **{older}**" * bool(older)
         + f". Written by `python -m experiments.report {study.place}`.",
         OLDER_RULE if older else "",
         "## Criterion",
-        criterion_text(study, results, said),
+        criterion_text(study, results, judged),
         "## Published and measured",
         published_table(study, results),
         "## Arms",
@@ -187,7 +187,7 @@ def write_study(study: Study, size: str, directory: pathlib.Path | None = None) 
     if results.rows:
         path = directory / figure_name(size)
         draw(study, results).savefig(path, dpi=DPI, metadata={"Software": None})
-    return judged(study, size, results).verdict
+    return judge_study(study, size, results).verdict
 
 
 def sizes_of(study: Study, directory: pathlib.Path | None = None) -> list[str]:
@@ -198,8 +198,8 @@ def sizes_of(study: Study, directory: pathlib.Path | None = None) -> list[str]:
 
 def judged_sizes(study: Study) -> dict[str, Judged]:
     """The findings of a study by size, for sizes with results."""
-    found = {size: judged(study, size, results_of(study, size)) for size in sizes_of(study)}
-    return {size: said for size, said in found.items() if said.findings}
+    found = {size: judge_study(study, size, results_of(study, size)) for size in sizes_of(study)}
+    return {size: judged for size, judged in found.items() if judged.findings}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -224,10 +224,10 @@ def main(arguments: list[str] | None = None) -> int:
             for size in sizes_of(study, directory):
                 print(f"{study.name} ({size}): {write_study(study, size, directory)}")
         if not args.study:
-            said = {study.name: judged_sizes(study) for study in studies}
-            write_atomically(HERE / "README.md", top_page(studies, said))
+            judged = {study.name: judged_sizes(study) for study in studies}
+            write_atomically(HERE / "README.md", top_page(studies, judged))
             found = {
-                study.name: {size: results_of(study, size) for size in said[study.name]}
+                study.name: {size: results_of(study, size) for size in judged[study.name]}
                 for study in studies
             }
             figure = draw_all(studies, found)

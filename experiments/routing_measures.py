@@ -74,17 +74,17 @@ def routing_of(workdir: pathlib.Path) -> dict[str, float]:
         ("checkpoint", "step "),
     ):  # fmt: skip
         flips = [
-            said
+            flipped
             for layer in layers
-            for varied, said in layer["flips"].items()
+            for varied, flipped in layer["flips"].items()
             if varied.startswith(start)
         ]
         if flips:
-            found[f"{name}_flips"] = statistics.fmean(said["first"] for said in flips)
-            found[f"{name}_flips_set"] = statistics.fmean(said["set"] for said in flips)
+            found[f"{name}_flips"] = statistics.fmean(flipped["first"] for flipped in flips)
+            found[f"{name}_flips_set"] = statistics.fmean(flipped["set"] for flipped in flips)
     return found
 
 
-def information(said: dict[str, Any]) -> tuple[float, float]:
+def information(measures: dict[str, Any]) -> tuple[float, float]:
     """The bits of a category, with the actual and with the shuffled routing."""
-    return said["information"]["bits"], said["information"]["shuffled"]
+    return measures["information"]["bits"], measures["information"]["shuffled"]

@@ -52,7 +52,7 @@ def sample_loss(
     for batch in map(dict, batches):
         domain_B = batch.pop("domain")
         with jax.set_mesh(mesh):
-            said = evaluate_batch(
+            of_batch = evaluate_batch(
                 state.params if params is None else params,
                 state.model_state,
                 from_whole(batch, mesh, ("batch", None)),
@@ -60,7 +60,7 @@ def sample_loss(
                 model=config.model,
                 capacity=capacity,
             )
-        sums.add(said, domain_B)
+        sums.add(of_batch, domain_B)
     return sums.losses()["bits_per_byte"]
 
 

@@ -245,14 +245,11 @@ class Study:
         needed = (self.stage(size, other) for other in self.needed_by(size, arm))
         return 1 + max(needed, default=-1)
 
+    @functools.cache  # noqa: B019 (a study lives as long as the process)
     def experiment(
         self, size: str, arm: str, seed: int, corpus: str = CORPUS, runs: str = RUNS
     ) -> ExperimentConfig:
         """The settings of one run; `corpus` and `runs` are directories."""
-        return experiment_of(self, size, arm, seed, corpus, runs)
-
-    def built(self, size: str, arm: str, seed: int, corpus: str, runs: str) -> ExperimentConfig:
-        """Builds `experiment` without a cache."""
         sizes = [one for one in SIZES if one in self.sizes]
         require(size in sizes, f"{self.name} has the sizes {sizes}", repr(size), "Correct --size")
         config = self.overridden(size, arm)
@@ -338,14 +335,6 @@ class Study:
     def place(self) -> str:
         """What commands call the study: its name in `experiments/`, or the path of its folder."""
         return self.name if self.directory.parent == HERE else os.path.relpath(self.directory)
-
-
-@functools.cache
-def experiment_of(
-    study: Study, size: str, arm: str, seed: int, corpus: str, runs: str
-) -> ExperimentConfig:
-    """The settings of one run, cached."""
-    return study.built(size, arm, seed, corpus, runs)
 
 
 def read_settings(config: Mapping[str, Any]) -> ExperimentConfig:

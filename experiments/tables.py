@@ -19,14 +19,14 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def criterion_text(study: Study, results: Results, said: Judged) -> str:
+def criterion_text(study: Study, results: Results, judged: Judged) -> str:
     """The claims, each with its finding, and the finding of the earlier rule."""
     lines = ["Reproduced if every claim is:", ""]
     for number, claim in enumerate(study.expect):
         lines.append(f"{number + 1}. {claim.statement}")
-        found = [("", finding) for finding in said.findings[number : number + 1]]
-        older = said.older[number : number + 1]
-        if older and older != said.findings[number : number + 1]:
+        found = [("", finding) for finding in judged.findings[number : number + 1]]
+        older = judged.older[number : number + 1]
+        if older and older != judged.findings[number : number + 1]:
             found += [("Under the earlier rule: ", older[0])]
         for rule, finding in found:
             because = results.marked(finding.because)

@@ -109,15 +109,15 @@ def claim_lines(
     lines = []
     settled = [claim.settles for study in studies for claim in study.expect if claim.settles]
     for common in dict.fromkeys((*CLAIMS, *settled)):
-        said, links = [], []
+        found, links = [], []
         for study in studies:
             places = [i for i, claim in enumerate(study.expect) if claim.settles == common]
             if places:
                 of_claim = {size: j.of(places) for size, j in judged[study.name].items()}
                 of_claim = {s: j for s, j in of_claim.items() if j.is_run}
-                said += [verdicts(study, of_claim)] * bool(of_claim)
+                found += [verdicts(study, of_claim)] * bool(of_claim)
                 links.append(f"[{study.name}]({study.name}/README.md)")
-        lines.append((common, "; ".join(said) or NOT_RUN, ", ".join(links)))
+        lines.append((common, "; ".join(found) or NOT_RUN, ", ".join(links)))
     plans = read_plans()
     plan = "[plan](from_plans.py)"
     return [*lines, (MEMORY, memory_text(plans), plan), (EXCHANGE, exchange_text(plans), plan)]
@@ -141,11 +141,11 @@ def page_name(size: str) -> str:
 def earlier_study() -> tuple[str, str, str]:
     """The row of the quickstart study, which has its own script and criterion."""
     path = moe_against_dense.HERE / "results.json"
-    said = moe_against_dense.judge(json.loads(path.read_text(encoding="utf-8")))
-    passed = "passed" if said["passed"] else "failed"
+    judgement = moe_against_dense.judge(json.loads(path.read_text(encoding="utf-8")))
+    passed = "passed" if judgement["passed"] else "failed"
     return (
         "[moe_against_dense](moe_against_dense/README.md)",
         "Does the quickstart MoE end below its dense twin?",
-        f"[{passed}: {said['mean_moe']:.3f} against {said['mean_dense']:.3f} "
+        f"[{passed}: {judgement['mean_moe']:.3f} against {judgement['mean_dense']:.3f} "
         "bits/byte](moe_against_dense/report.md)",
     )

@@ -70,7 +70,7 @@ class Options:
             )
 
 
-def table(said: dict[str, Any]) -> str:
+def table(evaluation: dict[str, Any]) -> str:
     """An evaluation as a text table: a row per domain, `UNITS` by kind.
 
     Targets that are not bytes of a text, such as those of span corruption, have no bits/byte.
@@ -80,13 +80,13 @@ def table(said: dict[str, Any]) -> str:
     from moe_jax.training.loss_labels import CAPACITIES, notes_of, recorded_label
     from moe_jax.training.rows import lost_choices
 
-    kinds = [kind for kind in CAPACITIES if kind in said]
-    rows = [("all", [said[kind] for kind in kinds])]
+    kinds = [kind for kind in CAPACITIES if kind in evaluation]
+    rows = [("all", [evaluation[kind] for kind in kinds])]
     rows += [
-        (printable(domain), [said[kind]["domains"][domain] for kind in kinds])
-        for domain in said[kinds[0]]["domains"]
+        (printable(domain), [evaluation[kind]["domains"][domain] for kind in kinds])
+        for domain in evaluation[kinds[0]]["domains"]
     ]
-    labels = [recorded_label(kind, said[kind]) for kind in kinds]
+    labels = [recorded_label(kind, evaluation[kind]) for kind in kinds]
     first = max(16, *(len(name) for name, _ in rows))
     width = max(29, *(len(text) for label in labels for text in label))
     lines = [line_of("", [label.label for label in labels], first, width)]
@@ -101,9 +101,9 @@ def table(said: dict[str, Any]) -> str:
             groups.append(cells_of("-" if number == "nan" else number for number in numbers))
         lines.append(line_of(domain, groups, first, width))
     lines += [
-        f"{label.label}: {lost_choices(said[kind]):,} choices lost"
+        f"{label.label}: {lost_choices(evaluation[kind]):,} choices lost"
         for kind, label in zip(kinds, labels, strict=True)
-        if "buffer_overflow" in said[kind]
+        if "buffer_overflow" in evaluation[kind]
     ]
     return "\n".join([*lines, *notes_of(label.mark for label in labels)])
 
@@ -118,15 +118,15 @@ def cells_of(values: Iterable[str]) -> str:
     return " ".join(f"{value:>9}" for value in values)
 
 
-def score_of_choices(said: dict[str, Any]) -> str:
+def score_of_choices(evaluation: dict[str, Any]) -> str:
     """The results of --choices, as lines of text."""
     from moe_jax.training.loss_labels import LossLabel, notes_of
 
-    label = LossLabel(said["label"], said["mark"])
+    label = LossLabel(evaluation["label"], evaluation["mark"])
     names = {"accuracy": "accuracy", "accuracy_per_byte": "accuracy per byte"}
-    count = len(said["questions"])
+    count = len(evaluation["questions"])
     lines = [f"{count} question{'s' * (count != 1)}, {label.name}"]
-    lines += [f"{name:<18}{said[key]:.4f}" for key, name in names.items()]
+    lines += [f"{name:<18}{evaluation[key]:.4f}" for key, name in names.items()]
     return "\n".join([*lines, *notes_of([label.mark])])
 
 

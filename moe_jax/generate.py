@@ -143,10 +143,10 @@ def out_of_memory_explained(batch_size: int, context: int) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not is_out_of_memory(error):
             raise
-        said = str(error).strip().splitlines() or ["MemoryError"]
+        reasons = str(error).strip().splitlines() or ["MemoryError"]
         raise MemoryError(
             f"{batch_size} texts of at most {context} tokens, each with a cache, ran out of "
-            f"memory: {said[0].rstrip('.')}. Lower --batch_size (now {batch_size}) or --context "
+            f"memory: {reasons[0].rstrip('.')}. Lower --batch_size (now {batch_size}) or --context "
             f"(now {context}), or split the model by --mesh."
         ) from error
 
@@ -315,10 +315,10 @@ def empty(answers: "Answers") -> str:
     """A line about answers without a token; "" if there are none."""
     ended = zip(answers.ended, answers.num_tokens, strict=True)
     count = sum(is_over and not num for is_over, num in ended)
-    said = (
+    warning = (
         f"{count} of {len(answers.texts)} texts are empty: their first token ended the document\n"
     )
-    return said * bool(count)
+    return warning * bool(count)
 
 
 def there(answers: "Answers") -> str:

@@ -117,10 +117,10 @@ def end_by(number: int) -> None:
             os._exit(128 + number)
         return
     with contextlib.suppress(Exception):
-        said = said_before_end()
-        said = f"stopped by {signal.Signals(number).name}" + (f"; {said}" if said else "")
+        message = said_before_end()
+        message = f"stopped by {signal.Signals(number).name}" + (f"; {message}" if message else "")
         show = SHOW_CURSOR if sys.stderr.isatty() else ""
-        os.write(2, f"{show}\n{said}\n".encode())
+        os.write(2, f"{show}\n{message}\n".encode())
     os._exit(128 + number)
 
 
@@ -147,10 +147,10 @@ def _end_by_error_of_thread(failed: threading.ExceptHookArgs) -> None:
     if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
         threading.__excepthook__(failed)
         return
-    said = [f"error: {error}"]
+    message = [f"error: {error}"]
     with contextlib.suppress(Exception):
-        said += [text for text in [said_before_end()] if text]
-    os.write(2, ("\n" + "; ".join(said) + "\n").encode())
+        message += [text for text in [said_before_end()] if text]
+    os.write(2, ("\n" + "; ".join(message) + "\n").encode())
     _end(1)
 
 

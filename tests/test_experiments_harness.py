@@ -173,7 +173,7 @@ def test_a_size_that_a_study_lacks_is_refused(capsys):
 def test_results_of_other_settings_are_refused(tmp_path):
     other = make_study(base={**TINY, "optimizer.learning_rate": 0.5})
     append_result(tmp_path / "results.jsonl", line("moe", 1, 1.0, other))
-    named = "made_up, arm moe, seed 1: config.optimizer.learning_rate: 0.5 -> 0.001. Bring"
+    named = "made_up, arm moe, seed 1: config.optimizer.learning_rate: 0.5 -> 0.001. Restore"
     with pytest.raises(ValueError, match=named):
         plan(tmp_path)
     with pytest.raises(ValueError, match=named):

@@ -138,7 +138,7 @@ def test_nothing_is_concluded_while_runs_are_missing(tmp_path):
     write_results(tmp_path, (0.7, 0.8, 0.9))
     assert report.write_study(study, "small", tmp_path) == "reproduced"
     more = make_study(tolerance=0.1, arms=(*study.arms, Arm("moe_2", "", {})))
-    said = report.judged(more, "small", report.results_of(more, "small", tmp_path))
+    said = report.judge_study(more, "small", report.results_of(more, "small", tmp_path))
     assert said.verdict == "inconclusive"
     assert "(runs are missing: 3)" in said.findings[0].because
 
@@ -152,7 +152,7 @@ def test_a_claim_whose_arms_have_no_runs_is_not_run(tmp_path):
     arms = (*STUDY.arms, Arm("moe_2", "another", {}))
     study = make_study(tolerance=0.1, arms=arms, expect=claims)
     write_results(tmp_path, (0.7, 0.8, 0.9))
-    said = report.judged(study, "small", report.results_of(study, "small", tmp_path))
+    said = report.judge_study(study, "small", report.results_of(study, "small", tmp_path))
     assert [finding.verdict for finding in said.findings] == ["inconclusive", "not run"]
     assert said.verdict == "inconclusive"
     page = report.top_page([study], {"made_up": {"small": said}})
@@ -217,17 +217,18 @@ def test_runs_of_different_texts_are_not_compared(tmp_path):
         check_same_text([line("moe", 2, 0.9)], STUDY.experiment("small", "moe", 0).data)
 
 
-def test_every_size_has_a_page_of_its_own(tmp_path, monkeypatch):
+def test_every_size_has_a_page_of_its_own(tmp_path):
     """Results at base do not weaken what small has shown."""
-    study = make_study(tolerance=0.1)
-    monkeypatch.setattr(Study, "directory", tmp_path)
-    write_results(tmp_path, (0.7, 0.8, 0.9))
+    folder = tmp_path / "made_up"
+    folder.mkdir()
+    study = make_study(tolerance=0.1, file=str(folder / "study.py"))
+    write_results(folder, (0.7, 0.8, 0.9))
     assert report.sizes_of(study) == ["small"]
     for seed in range(5):
         row = line("dense", seed, 1.0) | {"size": "base"}
         append_result(
             # Earlier results, which record no rule.
-            tmp_path / "results.jsonl",
+            folder / "results.jsonl",
             row | {"config": study.settings("base", "dense", seed)},
         )
     assert report.sizes_of(study) == ["small", "base"]
@@ -238,7 +239,7 @@ def test_every_size_has_a_page_of_its_own(tmp_path, monkeypatch):
     assert {size: said.verdict for size, said in found.items()} == {
         "small": "reproduced", "base": "inconclusive",
     }  # fmt: skip
-    assert {"README.md", "base.md", "curves.png", "curves_base.png"} <= set(os.listdir(tmp_path))
+    assert {"README.md", "base.md", "curves.png", "curves_base.png"} <= set(os.listdir(folder))
     page = report.top_page([study], {"made_up": found})
     cell = (
         "[reproduced](made_up/README.md) (small), "

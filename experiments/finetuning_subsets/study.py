@@ -33,7 +33,7 @@ def on_target(workdir: pathlib.Path) -> dict[str, float]:
     domains = read_json(workdir / EVALUATION_FILE)["dropless"]["domains"]
     rows = [row for row in read_metrics(workdir / METRICS_FILE) if "train/loss" in row]
     late = [row["train/loss"] for row in rows if row["step"] > LATE * rows[-1]["step"]]
-    others = [said[LOSS] for name, said in domains.items() if name != TARGET]
+    others = [losses[LOSS] for name, losses in domains.items() if name != TARGET]
     return {
         "target": domains[TARGET][LOSS],
         "others": statistics.fmean(others),

@@ -46,7 +46,7 @@ def futures(workdir: pathlib.Path) -> dict[str, float]:
     """The causality probe and the loss under three futures, for one checkpoint."""
     config, state = load_run(workdir)
     length, moe = config.data.sequence_length, config.model.part.get("moe")
-    said = compare_futures(
+    losses = compare_futures(
         state.params,
         state.model_state,
         config,
@@ -56,13 +56,13 @@ def futures(workdir: pathlib.Path) -> dict[str, float]:
         step=state.step,
     )
     return {
-        "moved": said.moved,
-        "teacher_forced": said.teacher_forced,
-        "prefix_by_prefix": said.prefix_by_prefix,
-        "other_future": said.other_future,
-        "prefix_rise": said.prefix_by_prefix - said.teacher_forced,
-        "other_rise": said.other_future - said.teacher_forced,
-        "targets": said.num_targets,
+        "moved": losses.moved,
+        "teacher_forced": losses.teacher_forced,
+        "prefix_by_prefix": losses.prefix_by_prefix,
+        "other_future": losses.other_future,
+        "prefix_rise": losses.prefix_by_prefix - losses.teacher_forced,
+        "other_rise": losses.other_future - losses.teacher_forced,
+        "targets": losses.num_targets,
     }
 
 

@@ -26,12 +26,12 @@ def run_arm(arm: str, seed: int, directory: pathlib.Path) -> dict[str, float | s
     with settings.unlocked():
         settings.seed = settings.data.seed = seed
     train(from_config_dict(settings), directory)
-    said = read_json(directory / EVALUATION_FILE)
+    evaluation = read_json(directory / EVALUATION_FILE)
     record = read_json(directory / RUN_FILE)
     seconds = training_seconds(read_metrics(directory / "metrics.jsonl"))
     return {
-        "bits_per_byte": said["dropless"]["bits_per_byte"],
-        "nats_per_token": said["dropless"]["nats_per_token"],
+        "bits_per_byte": evaluation["dropless"]["bits_per_byte"],
+        "nats_per_token": evaluation["dropless"]["nats_per_token"],
         "training_minutes": seconds / 60,
         "commit": record["commit"],
     }

@@ -281,7 +281,7 @@ def write_analysis(analysis: Analysis, out: str | pathlib.Path) -> list[pathlib.
     """
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    said: Mapping[str, Any] = {"settings": analysis.settings, "layers": analysis.layers}
+    analysed: Mapping[str, Any] = {"settings": analysis.settings, "layers": analysis.layers}
     figures = {
         name: (png_bytes(stamp(figure, analysis.settings["mark"])), sentence)
         for name, (figure, sentence) in routing_figures(
@@ -289,10 +289,10 @@ def write_analysis(analysis: Analysis, out: str | pathlib.Path) -> list[pathlib.
         ).items()
     }
     passages = choose_passages(analysis.routed, analysis.domains)
-    page = analysis_page(said, figures, passages, analysis.tokenizer)
+    page = analysis_page(analysed, figures, passages, analysis.tokenizer)
     paths = [out / PAGE_FILE, out / JSON_FILE, *(out / f"{name}.png" for name in figures)]
     write_atomically(paths[0], page)
-    write_atomically(paths[1], json_text(said, indent=1) + "\n")
+    write_atomically(paths[1], json_text(analysed, indent=1) + "\n")
     for path, (png, _) in zip(paths[2:], figures.values(), strict=True):
         path.write_bytes(png)
     return paths

@@ -115,18 +115,18 @@ class Comparison:
     def loss_columns(self) -> list[Column]:
         """The held-out losses, by evaluation and unit."""
         columns = []
-        for name in self.evaluations:
-            there = [entry for entry in self.entries if name in entry.score.losses]
-            label = " or ".join(dict.fromkeys(printable(entry.label(name)) for entry in there))
+        for kind in self.evaluations:
+            there = [entry for entry in self.entries if kind in entry.score.losses]
+            label = " or ".join(dict.fromkeys(printable(entry.label(kind)) for entry in there))
             for unit, title in UNITS.items():
-                values = tuple(entry.score.loss(name, unit) for entry in self.entries)
+                values = tuple(entry.score.loss(kind, unit) for entry in self.entries)
                 marks = tuple(
                     ""
                     if value is None
-                    else "~" * (not is_final(entry)) + "*" * bool(entry.mark(name))
+                    else "~" * (not is_final(entry)) + "*" * bool(entry.mark(kind))
                     for entry, value in zip(self.entries, values, strict=True)
                 )
-                name = f"heldout/{name}/{unit}"
+                name = f"heldout/{kind}/{unit}"
                 columns.append(Column(name, f"{label}, {title}", values, ".4f", marks))
         return columns
 

@@ -103,14 +103,14 @@ def compare_futures(
     for batch in batches:
         arrays = {name: jnp.asarray(value) for name, value in batch.items() if name != "domain"}
         for cut in cuts:
-            said = score_cut(
+            scored = score_cut(
                 params, state, arrays, cut, model=config.model, capacity=capacity, step=step
             )
             weight_B = np.asarray(arrays["loss_weights"][:, cut], np.float64)
-            nats += np.asarray(said.nats_3B, np.float64) @ weight_B
+            nats += np.asarray(scored.nats_3B, np.float64) @ weight_B
             num_bytes += float(token_bytes_V[np.asarray(batch["targets"])[:, cut]] @ weight_B)
             num_targets += weight_B.sum()
-            moved = max(moved, float(said.moved))
+            moved = max(moved, float(scored.moved))
     own, nothing, other = (nats / np.log(2) / num_bytes).tolist()
     return Futures(own, nothing, other, moved, int(num_targets))
 

@@ -58,7 +58,7 @@ def choose_passages(routed: Routed, domains: Sequence[str]) -> list[Passage]:
 
 
 def analysis_page(
-    said: Mapping[str, Any],
+    analysis: Mapping[str, Any],
     figures: Mapping[str, tuple[bytes, str]],
     passages: Sequence[Passage],
     tokenizer: Tokenizer,
@@ -66,12 +66,12 @@ def analysis_page(
     """The page.
 
     Args:
-      said: the settings and the layers, as in `analysis.json`.
+      analysis: the settings and the layers, as in `analysis.json`.
       figures: PNG files by name, each with a caption.
       passages: the passages to read on the page, at least one.
       tokenizer: the model's tokenizer.
     """
-    settings, layers = said["settings"], said["layers"]
+    settings, layers = analysis["settings"], analysis["layers"]
     template = string.Template(TEMPLATE.read_text(encoding="utf-8"))
     # An expert's share by chance, by number of experts, from the first layer with that number.
     chance: dict[int, str] = {}
@@ -167,9 +167,9 @@ def _figure(name: str, png: bytes, sentence: str) -> str:
     )
 
 
-def _tokens_of(layer: str, said: Mapping[str, Any]) -> str:
+def _tokens_of(layer: str, measures: Mapping[str, Any]) -> str:
     rows = []
-    for expert, found in enumerate(said["tokens"]["most_routed"]):
+    for expert, found in enumerate(measures["tokens"]["most_routed"]):
         listed = " ".join(
             f"<code>{html.escape(token['name'])}&nbsp;{token['share']:.0%}"
             f"&nbsp;<small>{token['occurrences']}</small></code>"
@@ -183,12 +183,12 @@ def _tokens_of(layer: str, said: Mapping[str, Any]) -> str:
     )
 
 
-def _shares_of(layer: str, said: Mapping[str, Any], max_cells: int) -> str:
+def _shares_of(layer: str, measures: Mapping[str, Any], max_cells: int) -> str:
     """The most frequent token ids by experts, in percent, without the optional end tags.
 
     Shares from a quarter, a half and three quarters on have their own backgrounds.
     """
-    found = said["tokens"]["most_frequent"]
+    found = measures["tokens"]["most_frequent"]
     num_experts = len(found[0]["share"])
     lines = []
     for token in found[: max(1, max_cells // num_experts)]:

@@ -257,30 +257,30 @@ def _heading(run: Run) -> str:
 
 def _result(run: Run) -> str:
     """The losses: overall and by domain, all evaluations side by side; what marks mean."""
-    names = [name for name in CAPACITIES if name in run.heldout]
+    kinds = [kind for kind in CAPACITIES if kind in run.heldout]
     loss = run.last("train/loss")
     lines = ["## Result", ""]
     if loss is not None:
         mark = run.loss_labels["train"].mark and f" ({run.loss_labels['train'].mark})"
         lines += [f"Training loss at the last logged step: {loss:.4f} nats/token{mark}.", ""]
     notes = [f"\n{note}" for note in notes_of(label.mark for label in run.loss_labels.values())]
-    if not names:
+    if not kinds:
         return "\n".join([*lines, "Held-out text was not evaluated.", *notes])
     units = ("nats/token", "bits/byte")
-    header = [f"{run.loss_labels[name].name}, {unit}" for name in names for unit in units]
-    domains = dict.fromkeys(name for name in names for name in run.heldout[name].get("domains", {}))
-    rows = [("**all**", {name: run.heldout[name] for name in names})]
+    header = [f"{run.loss_labels[kind].name}, {unit}" for kind in kinds for unit in units]
+    domains = dict.fromkeys(name for kind in kinds for name in run.heldout[kind].get("domains", {}))
+    rows = [("**all**", {kind: run.heldout[kind] for kind in kinds})]
     rows += [
         (
             in_markdown(name),
-            {name: run.heldout[name].get("domains", {}).get(name, {}) for name in names},
+            {kind: run.heldout[kind].get("domains", {}).get(name, {}) for kind in kinds},
         )
         for name in domains
     ]
     cells = [
         [name, *(
-            _number(losses[name].get(metric), ".4f")
-            for name in names for metric in ("nats_per_token", "bits_per_byte")
+            _number(losses[kind].get(metric), ".4f")
+            for kind in kinds for metric in ("nats_per_token", "bits_per_byte")
         )]
         for name, losses in rows
     ]  # fmt: skip

@@ -51,7 +51,9 @@ def routing_figures(layers: Layers, text: str) -> dict[str, tuple[Figure, str]]:
             "perfect balance.",
         ),
         "domains": (
-            domain_figure({name: said["domains"]["share"] for name, said in layers.items()}, text),
+            domain_figure(
+                {name: measures["domains"]["share"] for name, measures in layers.items()}, text
+            ),
             "Which experts the tokens of each domain choose, over an even split. Rows that look "
             "alike mean that the domain does not matter.",
         ),
@@ -67,7 +69,7 @@ def routing_figures(layers: Layers, text: str) -> dict[str, tuple[Figure, str]]:
             "first two in common. Dashed: routing at random; grey: this routing, shuffled.",
         ),
     }
-    if any(said["saturation"] for said in layers.values()):
+    if any(measures["saturation"] for measures in layers.values()):
         found["saturation"] = (
             saturation_figure(layers),
             "Share of a token's experts at a checkpoint that it still has at the last one: how "
@@ -80,8 +82,8 @@ def routing_figures(layers: Layers, text: str) -> dict[str, tuple[Figure, str]]:
             "over what routing at random gives.",
         )
     for name, title in (("experts", "matrices of experts"), ("router", "columns of the router")):
-        if all(said["similarity"][name] for said in layers.values()):
-            matrices = {layer: said["similarity"][name] for layer, said in layers.items()}
+        if all(measures["similarity"][name] for measures in layers.values()):
+            matrices = {layer: measures["similarity"][name] for layer, measures in layers.items()}
             found[f"similarity_{name}"] = (
                 similarity_figure(matrices, f"Cosine of the {title}"),
                 f"How alike the {title} are: 0 for independent ones, 1 for copies.",
@@ -91,7 +93,7 @@ def routing_figures(layers: Layers, text: str) -> dict[str, tuple[Figure, str]]:
 
 def load_map(layers: Layers) -> Figure:
     """Experts across, layers down: the share of choices, as multiples of an even split."""
-    shares = [np.array(said["load"]["share"]) for said in layers.values()]
+    shares = [np.array(measures["load"]["share"]) for measures in layers.values()]
     num_layers, num_experts = len(shares), max(map(len, shares))
     multiple_XE = np.full((num_layers, num_experts), np.nan)  # layers may have fewer experts
     for row_E, share_E in zip(multiple_XE, shares, strict=True):
@@ -117,12 +119,12 @@ def information_figure(layers: Layers) -> Figure:
     axes = figure.subplots(1, 2)
     kinds = {"domains": "Domain and expert", "tokens": "Token id and expert"}
     for axis, (kind, title) in zip(axes, kinds.items(), strict=True):
-        said = [measures[kind]["information"] for measures in layers.values()]
-        place = np.arange(len(said))
+        found = [measures[kind]["information"] for measures in layers.values()]
+        place = np.arange(len(found))
         _layer_axes(axis, layers, title, "mutual information, bits")
-        axis.bar(place, [s["bits"] for s in said], width=0.6, color=COLORS[0], label="measured")
+        axis.bar(place, [s["bits"] for s in found], width=0.6, color=COLORS[0], label="measured")
         axis.hlines(
-            [s["shuffled"] for s in said], place - 0.4, place + 0.4, color=BLACK, linewidth=2,
+            [s["shuffled"] for s in found], place - 0.4, place + 0.4, color=BLACK, linewidth=2,
             label="shuffled over the tokens",
         )  # fmt: skip
         axis.set_axisbelow(True)
@@ -138,21 +140,21 @@ def repetition_figure(layers: Layers) -> Figure:
         del kinds["any_shared"]
     figure = Figure(figsize=(5 + 5 * (len(kinds) - 1), 3.8), layout="constrained")
     axes = figure.subplots(1, len(kinds), squeeze=False)[0]
-    found = [said["repetition"] for said in layers.values()]
+    found = [measures["repetition"] for measures in layers.values()]
     place = np.arange(len(found))
-    domains = list(dict.fromkeys(name for said in found for name in said["domains"]))
+    domains = list(dict.fromkeys(name for measures in found for name in measures["domains"]))
     for axis, (kind, title) in zip(axes, kinds.items(), strict=True):
         _layer_axes(axis, layers, title, "share of consecutive tokens")
         axis.plot(
-            place, [said["random"][kind] for said in found], "_--", color=BLACK, lw=1,
+            place, [measures["random"][kind] for measures in found], "_--", color=BLACK, lw=1,
             label="random",
         )  # fmt: skip
         axis.plot(
-            place, [said["shuffled"][kind] for said in found], "s-", color=GREY, markersize=4,
-            label="shuffled",
+            place, [measures["shuffled"][kind] for measures in found], "s-", color=GREY,
+            markersize=4, label="shuffled",
         )  # fmt: skip
         for index, name in enumerate(domains if len(domains) > 1 else ()):
-            values = [said["domains"].get(name, {}).get(kind) for said in found]
+            values = [measures["domains"].get(name, {}).get(kind) for measures in found]
             axis.plot(
                 place, np.array(values, float), "o:", color=COLORS[index % len(COLORS)],
                 markersize=4, lw=1, label=in_figure(name),
@@ -170,8 +172,8 @@ def saturation_figure(layers: Layers) -> Figure:
     kinds = {"first": "First choice", "all": "All choices"}
     for axis, (kind, title) in zip(figure.subplots(1, 2), kinds.items(), strict=True):
         plain_axes(axis, title, "share as at the last checkpoint")
-        for color, said in zip(layer_colors(len(layers)), layers.values(), strict=True):
-            found = said["saturation"]
+        for color, measures in zip(layer_colors(len(layers)), layers.values(), strict=True):
+            found = measures["saturation"]
             axis.plot(found["step"], found[kind], "o-", color=color, markersize=4, linewidth=1.4)
         for label, chance in _unrelated(layers, kind).items():
             reference_line(axis, chance, label)
@@ -184,7 +186,8 @@ def saturation_figure(layers: Layers) -> Figure:
 def _unrelated(layers: Layers, kind: str) -> dict[str, float]:
     """The `saturation` of unrelated routing, by label: one line per number of experts."""
     chance = {
-        len(said["load"]["share"]): said["saturation"]["random"][kind] for said in layers.values()
+        len(measures["load"]["share"]): measures["saturation"]["random"][kind]
+        for measures in layers.values()
     }
     if len(chance) == 1:
         return {"unrelated routing": next(iter(chance.values()))}
@@ -194,8 +197,8 @@ def _unrelated(layers: Layers, kind: str) -> dict[str, float]:
 def coactivation_figure(layers: Layers) -> Figure:
     """Experts that are chosen together, as multiples of random routing."""
     matrices = {}
-    for layer, said in layers.items():
-        found = said["coactivation"]
+    for layer, measures in layers.items():
+        found = measures["coactivation"]
         share_EE = np.array(found["share"], float)
         np.fill_diagonal(share_EE, np.nan)
         matrices[layer] = share_EE / found["random"] if found["random"] else share_EE * np.nan

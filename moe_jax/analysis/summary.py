@@ -34,20 +34,22 @@ def summary_table(layers: Mapping[str, Layer]) -> list[list[str]]:
       layers: the result of `measures.measure_layers`.
     """
     columns: dict[str, Callable[[Layer], str]] = {
-        "load of fullest": lambda said: f"{said['load']['fullest']:.2f}x",
-        "experts in use": lambda said: f"{said['load']['effective_experts']:.1f}",
-        "domain": lambda said: _bits(said["domains"]["information"]),
-        "token": lambda said: _bits(said["tokens"]["information"]),
-        "repeated first": lambda said: _repeated(said, "same_first"),
+        "load of fullest": lambda measures: f"{measures['load']['fullest']:.2f}x",
+        "experts in use": lambda measures: f"{measures['load']['effective_experts']:.1f}",
+        "domain": lambda measures: _bits(measures["domains"]["information"]),
+        "token": lambda measures: _bits(measures["tokens"]["information"]),
+        "repeated first": lambda measures: _repeated(measures, "same_first"),
     }
     if has_several_choices(layers):
-        columns["in common"] = lambda said: _repeated(said, "any_shared")
-    steps = [said["saturation"] and said["saturation"]["step"][0] for said in layers.values()]
+        columns["in common"] = lambda measures: _repeated(measures, "any_shared")
+    steps = [
+        measures["saturation"] and measures["saturation"]["step"][0] for measures in layers.values()
+    ]
     if steps and steps[0] is not None:
         columns[f"settled at step {steps[0]:,}"] = _settled
     rows = [
-        [layer_title(layer), *(show(said) for show in columns.values())]
-        for layer, said in layers.items()
+        [layer_title(layer), *(show(measures) for show in columns.values())]
+        for layer, measures in layers.items()
     ]
     return [["", *columns], *rows]
 
@@ -60,15 +62,15 @@ def flips_table(layers: Mapping[str, Layer]) -> list[list[str]]:
     """
     names = list(next(iter(layers.values()))["flips"])
     rows = [
-        [layer_title(layer), *(_flipped(said["flips"][name]) for name in names)]
-        for layer, said in layers.items()
+        [layer_title(layer), *(_flipped(measures["flips"][name]) for name in names)]
+        for layer, measures in layers.items()
     ]
     return [["", *names], *rows]
 
 
 def has_several_choices(layers: Mapping[str, Layer]) -> bool:
     """Whether some token chose two experts of a layer."""
-    return any(said["coactivation"]["random"] for said in layers.values())
+    return any(measures["coactivation"]["random"] for measures in layers.values())
 
 
 def text_table(table: list[list[str]]) -> str:
@@ -82,13 +84,13 @@ def _bits(information: Layer) -> str:
     return f"{information['bits']:.3f} ({information['shuffled']:.3f})"
 
 
-def _repeated(said: Layer, kind: str) -> str:
-    found, shuffled = said["repetition"][kind], said["repetition"]["shuffled"][kind]
+def _repeated(measures: Layer, kind: str) -> str:
+    found, shuffled = measures["repetition"][kind], measures["repetition"]["shuffled"][kind]
     return "-" if found is None else f"{found:.1%} ({shuffled:.1%})"
 
 
-def _settled(said: Layer) -> str:
-    found = said["saturation"]
+def _settled(measures: Layer) -> str:
+    found = measures["saturation"]
     return f"{found['all'][0]:.0%} ({found['random']['all']:.0%})"
 
 

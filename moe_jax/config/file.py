@@ -161,13 +161,13 @@ def blamed_on(path: pathlib.Path) -> Iterator[None]:
         yield
     except Exception as error:
         message = error.msg if isinstance(error, SyntaxError) else str(error)
-        said = " ".join(message.split()) or "no message"
+        reason = " ".join(message.split()) or "no message"
         if type(error) is not ValueError:
-            said = f"{type(error).__name__}: {said}"
+            reason = f"{type(error).__name__}: {reason}"
         if isinstance(error, ImportError):
-            said += ". Install it, or put its folder on PYTHONPATH"
+            reason += ". Install it, or put its folder on PYTHONPATH"
         where = f"{path}{line_of(error, path)}"
-        raise ValueError(f"{where}: {said}{'' if said.endswith('.') else '.'}") from error
+        raise ValueError(f"{where}: {reason}{'' if reason.endswith('.') else '.'}") from error
 
 
 def line_of(error: BaseException, path: pathlib.Path) -> str:

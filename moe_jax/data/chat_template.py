@@ -91,14 +91,14 @@ class ChatTemplate:
                 )
             )  # fmt: skip
         except Exception as error:  # A template may raise anything.
-            said = " ".join(str(error).split())[:160]
+            reason = " ".join(str(error).split())[:160]
             fix = "Change the line, or leave it out"
-            if "strftime_now" in said and not self._date:
-                said = "it asks for today's date"
+            if "strftime_now" in reason and not self._date:
+                reason = "it asks for today's date"
                 fix = "Set config.data.objective.date, as in 2026-01-31"
             raise ValueError(
                 f"A chat template must render the messages: {self.path} with the roles "
-                f"{[message.role for message in messages]}: {said}. {fix}."
+                f"{[message.role for message in messages]}: {reason}. {fix}."
             ) from error
 
     def prompt_ids(self, messages: Sequence[Message]) -> np.ndarray:
@@ -234,12 +234,12 @@ def _config_beside(tokenizer: HuggingFaceTokenizer) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        said = json.loads(path.read_bytes())
+        settings = json.loads(path.read_bytes())
     except ValueError:
-        said = None
-    if not isinstance(said, dict):
+        settings = None
+    if not isinstance(settings, dict):
         raise ValueError(f"{CONFIG_FILE} must be a JSON object: {path} is not. Copy it again.")
-    return said
+    return settings
 
 
 def _compile(source: str, path: pathlib.Path) -> Any:

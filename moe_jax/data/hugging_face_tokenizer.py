@@ -141,12 +141,12 @@ class HuggingFaceTokenizer(PieceTokenizer):
         if not path.is_file():
             return (self.eos_id,)
         try:
-            said = json.loads(path.read_bytes()).get("eos_token_id")
+            ids = json.loads(path.read_bytes()).get("eos_token_id")
         except (ValueError, AttributeError):
             raise ValueError(
                 f"{GENERATION_FILE} must be a JSON object: {path} is not. Copy it again."
             ) from None
-        others = said if isinstance(said, list) else [said]
+        others = ids if isinstance(ids, list) else [ids]
         specials = self.special_tokens.values()
         return tuple(dict.fromkeys([self.eos_id, *(one for one in others if one in specials)]))
 
@@ -193,10 +193,10 @@ def _parse(data: bytes, path: pathlib.Path) -> dict[str, Any]:
     return spec
 
 
-def _no_tokenizer(path: pathlib.Path, data: bytes, said: str) -> ValueError:
+def _no_tokenizer(path: pathlib.Path, data: bytes, reason: str) -> ValueError:
     return ValueError(
         f"A Hugging Face tokenizer is read from a tokenizer.json: {path}, {len(data)} bytes, is "
-        f"cut short or something else: {' '.join(said.split())[:120]}. Copy it again."
+        f"cut short or something else: {' '.join(reason.split())[:120]}. Copy it again."
     )
 
 

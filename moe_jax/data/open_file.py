@@ -68,18 +68,19 @@ def open_stream(path: pathlib.Path) -> Iterator[BinaryIO]:
             with path.open("rb") as stream:
                 yield stream
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
     except OSError as error:
         if suffix != ".zst" or error.errno is not None:
             raise
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
 
 
-def _damaged(path: pathlib.Path, error: Exception) -> ValueError:
-    said = " ".join(str(error).split())
+def damaged(path: pathlib.Path, error: Exception) -> ValueError:
+    """The error of a corpus file that a reader cannot read to its end."""
+    reason = " ".join(str(error).split())[:200]
     return ValueError(
-        f"A corpus file must be whole: {path} is damaged, cut short, or not {path.suffix}: {said}. "
-        "Copy or make it again."
+        f"A corpus file must be whole: {path} is damaged, cut short, or not {path.suffix}: "
+        f"{reason}. Copy or make it again."
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from moe_jax.config.check import require
 from moe_jax.data.documents import Document
-from moe_jax.data.open_file import check_file
+from moe_jax.data.open_file import check_file, damaged
 from moe_jax.data.records import Fields, choose_text_field, document_of
 
 _ROWS = 256
@@ -42,7 +42,7 @@ def read_parquet(
             batches = file.iter_batches(batch_size=_ROWS, columns=columns, use_threads=False)
             yield from _documents(batches, path, domain, fields)
     except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
 
 
 def read_arrow(path: pathlib.Path, domain: str, fields: Fields) -> Iterator[tuple[Document, bool]]:
@@ -66,7 +66,7 @@ def read_arrow(path: pathlib.Path, domain: str, fields: Fields) -> Iterator[tupl
             selected = (batch.select(columns) for batch in batches)
             yield from _documents(selected, path, domain, fields)
     except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
 
 
 def _columns(schema: Any, path: pathlib.Path, fields: Fields) -> list[str]:
@@ -132,11 +132,3 @@ def _documents(
                     f"0x{error.object[error.start]:02x}. Write the file again from decoded text."
                 ) from None
             yield document_of(record, where, domain, fields), False
-
-
-def _damaged(path: pathlib.Path, error: Exception) -> ValueError:
-    said = " ".join(str(error).split())[:200]
-    return ValueError(
-        f"A corpus file must be whole: {path} is damaged, cut short, or not {path.suffix}: {said}. "
-        "Copy or make it again."
-    )

@@ -113,8 +113,8 @@ def _fix(error: str) -> str:
         return f"Set --vocab_size to at most {most[1]}, or train on more text"
     if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
         return f"Set --vocab_size to more than {least[1]}, or --max_mb to fewer megabytes"
-    said = re.sub(r"^\w+: \S+\(\d+\) \[.*?\] ", "", " ".join(error.split())).rstrip(".")
-    return f"Change --vocab_size or --max_mb as SentencePiece says: {said}"
+    reason = re.sub(r"^\w+: \S+\(\d+\) \[.*?\] ", "", " ".join(error.split())).rstrip(".")
+    return f"Change --vocab_size or --max_mb as SentencePiece says: {reason}"
 
 
 def _balanced_texts(corpus: Corpus, heldout_fraction: float, max_bytes: int) -> Iterator[str]:

@@ -77,8 +77,8 @@ def vocabulary(
         keys["scores"] = [*keys["scores"], *(0.0 for _ in missing)]
     beside = beside_tokenizer(path)
     space, begins = in_front(form, path, bos_id) if as_file else (False, True)
-    said = beside.get("add_bos_token")
-    begins = begins if said is None else bool(said)
+    given = beside.get("add_bos_token")
+    begins = begins if given is None else bool(given)
     keys |= {
         "tokens": tokens, "token_type": types, "bos_token_id": bos_id, "eos_token_id": eos_id,
         "add_bos_token": begins, "add_eos_token": False,

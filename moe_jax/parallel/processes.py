@@ -84,11 +84,11 @@ def place_of_process(
             f"A single process joins no others: --processes=1, but {', '.join(unneeded)}. "
             "Pass --processes=N with the number of all processes."
         )
-    said = environment.get("JAX_NUM_PROCESSES")
-    if said is not None and said != str(number):
+    stated = environment.get("JAX_NUM_PROCESSES")
+    if stated is not None and stated != str(number):
         raise ValueError(
             "--processes and the environment must name the same number of processes: "
-            f"--processes={number}, JAX_NUM_PROCESSES={said}. Pass --processes=auto to use the "
+            f"--processes={number}, JAX_NUM_PROCESSES={stated}. Pass --processes=auto to use the "
             "environment, or unset JAX_NUM_PROCESSES."
         )
     if number == 1:
@@ -117,14 +117,14 @@ def _place_in(environment: Mapping[str, str]) -> Place | None:
     address, number, index = (environment.get(name) for name in VARIABLES)
     if number is None and index is None:
         return None
-    said = ", ".join(f"{name}={environment.get(name, '(unset)')}" for name in VARIABLES)
+    given = ", ".join(f"{name}={environment.get(name, '(unset)')}" for name in VARIABLES)
     if address is None or number is None or index is None:
         raise ValueError(
-            f"{', '.join(VARIABLES)} must be set together: {said}. Set all three, or only the "
+            f"{', '.join(VARIABLES)} must be set together: {given}. Set all three, or only the "
             "first where JAX knows the cluster."
         )
     if not (number.isdecimal() and index.isdecimal()):
-        raise ValueError(f"The number and the index of processes must be whole numbers: {said}.")
+        raise ValueError(f"The number and the index of processes must be whole numbers: {given}.")
     return _checked(Place(address, int(number), int(index)), VARIABLES)
 
 
@@ -288,9 +288,9 @@ def require_same(what: str, settings: Mapping[str, Any]) -> None:
     Raises:
       ValueError: listing every setting that differs.
     """
-    said = [json.loads(text) for text in gather(json.dumps(settings))]
-    for process, other in enumerate(said):
-        lines = difference(said[0], other, what)
+    of_each = [json.loads(text) for text in gather(json.dumps(settings))]
+    for process, other in enumerate(of_each):
+        lines = difference(of_each[0], other, what)
         if lines:
             raise ValueError(
                 f"The processes of a run must have the same {what}: process {process} differs from "
@@ -373,10 +373,10 @@ def _require_free(coordinator: str) -> None:
 def _require_equal_devices() -> None:
     counts = Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1 or len(counts) != jax.process_count():
-        said = ", ".join(f"{index}: {count}" for index, count in sorted(counts.items()))
+        numbers = ", ".join(f"{index}: {count}" for index, count in sorted(counts.items()))
         raise ValueError(
             "All processes of a run must have the same number of devices: devices by process "
-            f"{{{said}}}. Give each the same number (JAX_LOCAL_DEVICE_IDS chooses among a "
+            f"{{{numbers}}}. Give each the same number (JAX_LOCAL_DEVICE_IDS chooses among a "
             "machine's GPUs, JAX_NUM_CPU_DEVICES makes CPU devices)."
         )
 

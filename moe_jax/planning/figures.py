@@ -29,12 +29,12 @@ def write_figures(plan: Plan, directory: pathlib.Path) -> list[pathlib.Path]:
     title = name + (f" on {plan.topology.name}" if plan.topology else "")
     bars = {"estimate": memory_parts(plan.memory)}
     if plan.step is not None and plan.step.memory is not None:
-        said = plan.step.memory
+        memory = plan.step.memory
         bars["compiled"] = {
-            "arguments": said.arguments,
-            "outputs not aliased": said.outputs - said.aliased,
-            "temporaries": said.temporaries,
-            "generated code": said.generated_code,
+            "arguments": memory.arguments,
+            "outputs not aliased": memory.outputs - memory.aliased,
+            "temporaries": memory.temporaries,
+            "generated code": memory.generated_code,
         }
     available = plan.available if plan.topology else None
     figures = {"memory": memory_figure(bars, available, title)}

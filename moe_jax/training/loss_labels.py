@@ -65,9 +65,9 @@ def loss_labels(model: LanguageModel) -> dict[str, LossLabel]:
     return labels
 
 
-def recorded_label(kind: str, said: Mapping[str, Any]) -> LossLabel:
+def recorded_label(kind: str, recorded: Mapping[str, Any]) -> LossLabel:
     """How a recorded loss was measured; files of earlier versions get defaults."""
-    return LossLabel(said.get("label", kind.replace("_", "-")), said.get("mark", ""))
+    return LossLabel(recorded.get("label", kind.replace("_", "-")), recorded.get("mark", ""))
 
 
 def notes_of(marks: Iterable[str]) -> list[str]:

@@ -29,8 +29,8 @@ def reason_of(error: BaseException) -> str:
     """The system's message of an error, whichever exception wraps it; one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    said = " ".join(str(error).split())
+    text = " ".join(str(error).split())
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
-        if os.strerror(number) in said:
+        if os.strerror(number) in text:
             return os.strerror(number)
-    return f"{type(error).__name__}: {said[:300]}"
+    return f"{type(error).__name__}: {text[:300]}"

@@ -31,19 +31,19 @@ def metrics_row(metrics: StepMetrics, layers_of: Mapping[str, tuple[int, ...]]) 
     return row
 
 
-def evaluation_row(said: Mapping[str, Any]) -> dict[str, float | int]:
+def evaluation_row(evaluation: Mapping[str, Any]) -> dict[str, float | int]:
     """An evaluation by its names in `metrics.jsonl`; bits per byte only if `has_bits`."""
     row: dict[str, float | int] = {}
     for kind in CAPACITIES:
-        if kind not in said:
+        if kind not in evaluation:
             continue
-        domains = said[kind]["domains"]
-        scored = {"": said[kind], **{f"domain/{name}/": own for name, own in domains.items()}}
+        domains = evaluation[kind]["domains"]
+        scored = {"": evaluation[kind], **{f"domain/{name}/": own for name, own in domains.items()}}
         for prefix, losses in scored.items():
             for name in ("nats_per_token", "bits_per_byte")[: 1 + has_bits(losses)]:
                 row[f"heldout/{kind}/{prefix}{name}"] = losses[name]
-        if "buffer_overflow" in said[kind]:
-            row[f"heldout/{kind}/buffer_overflow"] = lost_choices(said[kind])
+        if "buffer_overflow" in evaluation[kind]:
+            row[f"heldout/{kind}/buffer_overflow"] = lost_choices(evaluation[kind])
     return row
 
 
@@ -57,12 +57,12 @@ def lost_choices(losses: Mapping[str, Any]) -> int:
     return sum(losses.get("buffer_overflow", {}).values())
 
 
-def evaluation_line(step: int, said: Mapping[str, Any]) -> str:
+def evaluation_line(step: int, evaluation: Mapping[str, Any]) -> str:
     """An evaluation as one line of text."""
     cells = [f"held-out after step {step}:"]
     for kind in CAPACITIES:
-        if kind in said:
-            loss = said[kind]
+        if kind in evaluation:
+            loss = evaluation[kind]
             bits = f", {loss['bits_per_byte']:.4f} bits/byte"
             lost = f", {lost_choices(loss):,} choices lost" if "buffer_overflow" in loss else ""
             cells.append(

@@ -57,8 +57,8 @@ class Target(NamedTuple):
     def __str__(self) -> str:
         """As in "platform tpu, libtpu 0.0.42.1"."""
         versions = {"libtpu": self.libtpu, "capability": self.capability}
-        said = [f"{name} {'.'.join(map(str, v))}" for name, v in versions.items() if v]
-        return ", ".join([f"platform {self.platform}", *said])
+        installed = [f"{name} {'.'.join(map(str, v))}" for name, v in versions.items() if v]
+        return ", ".join([f"platform {self.platform}", *installed])
 
 
 class Need(NamedTuple):
