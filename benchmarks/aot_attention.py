@@ -87,7 +87,7 @@ def measure(topology: Topology, name: str, kernel: str) -> Row:
     def total(q: jax.Array, k: jax.Array, v: jax.Array, *tokens: jax.Array) -> jax.Array:
         out_BLNV = attend_by_rules(
             q, k, v, layer.rules, Tokens(*tokens),
-            kernel=kernel, counts_up=True, scale=layer.dims[0] ** -0.5,
+            kernel=kernel, contiguous=True, scale=layer.dims[0] ** -0.5,
         )  # fmt: skip
         return jnp.sum(out_BLNV.astype(jnp.float32))
 

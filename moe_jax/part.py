@@ -97,7 +97,7 @@ class Call:
       lengths_B: int32, final length of each row's document, for parts that depend on it (some
         rotary scalings); None: the length in `positions_BL`.
       causal: whether a token must not see later tokens; the stack sets it.
-      counts_up: whether positions of a document grow by one from place to place, here and in
+      contiguous: whether positions of a document grow by one from place to place, here and in
         `encoder`, as in `moe_jax.data`. Attention kernels need this: otherwise "auto" chooses the
         kernel that reads positions. Set to True if no positions are given.
       capacity: capacity factor, 0 for dropless; None: each part's own factor for training or
@@ -124,7 +124,7 @@ class Call:
     previous_B: jax.Array | None = None
     lengths_B: jax.Array | None = None
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
-    counts_up: bool = dataclasses.field(default=False, metadata={"static": True})
+    contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
     capacity: float | None = dataclasses.field(default=None, metadata={"static": True})
     record: bool = dataclasses.field(default=False, metadata={"static": True})
     cache_length: int | None = dataclasses.field(default=None, metadata={"static": True})
@@ -141,7 +141,7 @@ class Call:
         shape = x_BLM.shape[:2]
         positions, segments = self.positions_BL, self.segments_BL
         given = [positions, None if self.encoder is None else self.encoder.positions_BT]
-        counts_up = self.counts_up or all(one is None for one in given)
+        contiguous = self.contiguous or all(one is None for one in given)
         if positions is None:
             start = 0 if self.cache_index is None else self.cache_index
             places = jnp.reshape(start, (-1, 1)) + jnp.arange(shape[1], dtype=jnp.int32)
@@ -149,7 +149,10 @@ class Call:
         if segments is None:
             segments = jnp.ones(shape, jnp.int32)
         return dataclasses.replace(
-            self, positions_BL=positions, segments_BL=segments, counts_up=counts_up
+            self,
+            positions_BL=positions,
+            segments_BL=segments,
+            contiguous=contiguous,
         )
 
 
@@ -235,7 +238,7 @@ class Part(Settings):
     pointwise: ClassVar[bool] = False  # a token's output needs no other token: no cache to decode
     # Whether its cache takes tokens back by overwriting (`layers.cache`). Otherwise speculative
     # decoding restores the previous cache and reads the accepted tokens again.
-    takes_back: ClassVar[bool] = False
+    cache_can_rewind: ClassVar[bool] = False
     # Parameters that only a prefill reads: the cache keeps what they give.
     prefill_only: ClassVar[tuple[str, ...]] = ()
 
@@ -289,7 +292,7 @@ class Part(Settings):
         del sums, step, num_steps
         return state
 
-    def steps_alike(self, num_steps: int) -> float:
+    def steps_independent_of_length(self, num_steps: int) -> float:
         """Number of first steps that do not change if `num_steps` is raised; inf: all."""
         del num_steps
         return math.inf

@@ -47,7 +47,7 @@ GPU = Machine("gpu", cudnn=92800, largest_dim=256)
     ("kernel", "task", "machine", "expected"),
     [
         ("auto", PLAIN, CPU, "blocks"),
-        ("auto", PLAIN._replace(counts_up=False), CPU, "blocks"),
+        ("auto", PLAIN._replace(contiguous=False), CPU, "blocks"),
         ("auto", PLAIN._replace(bias=True), CPU, "xla"),
         ("auto", PLAIN._replace(own_keys=False), CPU, "xla"),
         ("blocks", PLAIN, GPU, "blocks"),
@@ -55,9 +55,14 @@ GPU = Machine("gpu", cudnn=92800, largest_dim=256)
         ("auto", PLAIN._replace(rules=Rules(True, window=4, chunk=8)), TPU, "splash"),
         ("auto", PLAIN._replace(rules=BOTH), TPU, "splash"),
         # Positions need not count up if no rule reads them: an encoder, cross-attention.
-        ("auto", PLAIN._replace(counts_up=False, rules=BOTH), TPU, "splash"),
-        ("auto", PLAIN._replace(counts_up=False), TPU, "xla"),
-        ("auto", PLAIN._replace(counts_up=False, rules=Rules(False, window=4)), TPU, "xla"),
+        ("auto", PLAIN._replace(contiguous=False, rules=BOTH), TPU, "splash"),
+        ("auto", PLAIN._replace(contiguous=False), TPU, "xla"),
+        (
+            "auto",
+            PLAIN._replace(contiguous=False, rules=Rules(False, window=4)),
+            TPU,
+            "xla",
+        ),
         ("auto", PLAIN._replace(dims=(192, 128), dtype="float32", sink=True), TPU, "splash"),
         ("auto", PLAIN._replace(bias=True), TPU, "xla"),
         ("auto", PLAIN._replace(own_keys=False), TPU, "xla"),
@@ -73,7 +78,12 @@ GPU = Machine("gpu", cudnn=92800, largest_dim=256)
         ("auto", PLAIN, GPU._replace(cudnn=None), "cudnn"),  # only planned here
         ("auto", PLAIN, GPU._replace(cudnn=0), "xla"),
         # cuDNN reads a mask, so positions need not count up.
-        ("auto", PLAIN._replace(counts_up=False, rules=Rules(False, chunk=4)), GPU, "cudnn"),
+        (
+            "auto",
+            PLAIN._replace(contiguous=False, rules=Rules(False, chunk=4)),
+            GPU,
+            "cudnn",
+        ),
         ("auto", PLAIN._replace(dims=(192, 128)), GPU, "cudnn"),
         ("auto", PLAIN._replace(dims=(192, 128)), GPU._replace(largest_dim=128), "xla"),
         ("auto", PLAIN._replace(dims=(64, 128)), GPU, "xla"),
@@ -100,7 +110,12 @@ def test_the_kernel_that_is_chosen(kernel, task, machine, expected):
         ("splash", PLAIN._replace(bias=True), TPU, "splash': it adds no position bias"),
         ("blocks", PLAIN._replace(learned_keys=True), CPU, "blocks': .*without a learned prefix"),
         ("triton", PLAIN, TPU, "triton': it runs on a GPU, here on a TPU"),
-        ("triton", PLAIN._replace(counts_up=False), GPU, r"triton': .*Call\.counts_up"),
+        (
+            "triton",
+            PLAIN._replace(contiguous=False),
+            GPU,
+            r"triton': .*Call\.contiguous",
+        ),
         ("cudnn", PLAIN, TPU, "cudnn': it runs on a GPU, here on a TPU"),
         ("cudnn", PLAIN._replace(dtype="float32"), GPU, "in bfloat16 or float16, here in float32"),
         (
@@ -109,7 +124,12 @@ def test_the_kernel_that_is_chosen(kernel, task, machine, expected):
             TPU,
             "splash': it knows no positions of a cache",
         ),
-        ("splash", PLAIN._replace(counts_up=False), TPU, r"splash': .*Call\.counts_up"),
+        (
+            "splash",
+            PLAIN._replace(contiguous=False),
+            TPU,
+            r"splash': .*Call\.contiguous",
+        ),
         ("splash", PLAIN, TPU._replace(manual=True), "splash': .*inside jax.shard_map"),
     ],
 )
@@ -220,7 +240,7 @@ def compared(name, kernel):
     def by_kernel(q, k, v, sink):
         y = attend_by_rules(
             q, k, v, case.rules, Tokens(jnp.asarray(positions), jnp.asarray(segments)),
-            kernel=kernel, counts_up=True, scale=scale, softcap=case.softcap,
+            kernel=kernel, contiguous=True, scale=scale, softcap=case.softcap,
             sink_N=sink if case.sink else None,
         )  # fmt: skip
         return jnp.sum(y * weights.astype(np.float32)), y
@@ -294,7 +314,7 @@ def of_part(part, *, causal=True, mesh=None):
     x = jnp.asarray(random.normal(size=(4, LENGTH, MODEL_DIM)), jnp.float32)
     memory = jnp.asarray(random.normal(size=(4, 70, MODEL_DIM)), jnp.float32)
     call = Call(
-        positions, segments, causal=causal, counts_up=True, memory=memory,
+        positions, segments, causal=causal, contiguous=True, memory=memory,
         memory_segments_BT=segments[:, ::-1][:, :70],
     )  # fmt: skip
     real = (segments > 0)[..., None]
@@ -340,10 +360,10 @@ def test_which_calls_have_positions_that_count_up():
         (Call(encoder=none), True),
         (Call(positions), False),
         (Call(encoder=given), False),
-        (Call(positions, counts_up=True), True),
-        (Call(positions, counts_up=True, encoder=given), True),
+        (Call(positions, contiguous=True), True),
+        (Call(positions, contiguous=True, encoder=given), True),
     ):
-        assert call.with_defaults(x).counts_up is expected
+        assert call.with_defaults(x).contiguous is expected
 
 
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
@@ -437,7 +457,7 @@ def test_a_cache_gives_the_same_by_a_kernel(name):
         x, memory = (random.normal(size=(2, n, MODEL_DIM)).astype(np.float32) for n in (6, 7))
         segments = jnp.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
         call = Call(
-            jnp.maximum(jnp.cumsum(segments, 1) - 1, 0), segments, counts_up=True, memory=memory,
+            jnp.maximum(jnp.cumsum(segments, 1) - 1, 0), segments, contiguous=True, memory=memory,
             memory_segments_BT=jnp.ones((2, 7), jnp.int32), cache_index=jnp.int32(0),
             cache_length=8, prefill=True,
         )  # fmt: skip

@@ -163,9 +163,9 @@ def test_a_network_counts_positions_from_0_in_each_document():
     call = call_of(np.ones((2, 7)), None, None, segments_BL, record=False)
     positions_BL = [[0, 0, 1, 0, 1, 2, 0], [0, 1, 2, 0, 0, 1, 2]]
     np.testing.assert_array_equal(call.positions_BL, positions_BL)
-    assert call.counts_up
+    assert call.contiguous
     given = call_of(np.ones((2, 7)), None, np.zeros((2, 7)), segments_BL, record=False)
-    assert not given.positions_BL.any() and not given.counts_up
+    assert not given.positions_BL.any() and not given.contiguous
     with pytest.raises(ValueError, match="mask_BL and segments_BL both say"):
         call_of(np.ones((2, 7)), segments_BL > 0, None, segments_BL, record=False)
 

@@ -20,7 +20,7 @@ from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.imported import save_imported, save_state
 from moe_jax.training.loop import train
 from moe_jax.training.metrics import MetricWriter
-from moe_jax.training.optimizers import learning_rate_schedule, steps_alike
+from moe_jax.training.optimizers import learning_rate_schedule, steps_independent_of_length
 from moe_jax.training.run_record import write_run_record
 from moe_jax.training.saved import CHECKPOINTS, kept_steps, load_run
 from moe_jax.training.workdir import check_workdir, recorded_run
@@ -387,7 +387,7 @@ def test_a_run_is_extended_while_no_finished_step_follows_its_end(schedule, moe,
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear", "rsqrt", "wsd"])
 def test_the_steps_that_are_alike_have_the_same_rates(schedule):
     settings = OptimizerConfig(schedule=schedule, warmup_steps=3)
-    alike = int(min(steps_alike(settings, 20), 20))
+    alike = int(min(steps_independent_of_length(settings, 20), 20))
     steps = np.arange(20)
     short, long = (
         np.asarray(learning_rate_schedule(settings, n)(steps) * np.ones(20)) for n in (20, 37)

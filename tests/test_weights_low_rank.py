@@ -10,7 +10,7 @@ import pytest
 from moe_jax.__main__ import main
 from moe_jax.config import InitFrom, MeshConfig
 from moe_jax.inference import generate_tokens
-from moe_jax.models.trained import filled, kept
+from moe_jax.models.trained import combine, filter_tree
 from moe_jax.models.wrapping import dense_params, plain_model, quantised_params
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
@@ -138,10 +138,10 @@ def gradients(model, params):
     """Gradients of a random function of the logits with respect to all float arrays."""
     weights = jnp.asarray(np.random.default_rng(3).normal(size=(8, 8, 384)), jnp.float32)
     marks = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating), params)
-    floats = kept(params, marks)
+    floats = filter_tree(params, marks)
 
     def loss(floats):
-        output = model.run(filled(floats, params), Call(tokens_BL=TOKENS))
+        output = model.run(combine(floats, params), Call(tokens_BL=TOKENS))
         return jnp.sum(output.logits_BLV * weights)
 
     return jax.jit(jax.grad(loss))(floats)

@@ -133,7 +133,7 @@ def by_kernel(kernel: str, form: Form) -> Callable[..., jax.Array]:
 
     def run(q: Any, k: Any, v: Any, segments_BL: Any) -> jax.Array:
         tokens = Tokens(positions_of(segments_BL), segments_BL)
-        return attend_by_rules(q, k, v, rules, tokens, kernel=kernel, counts_up=True, scale=scale)
+        return attend_by_rules(q, k, v, rules, tokens, kernel=kernel, contiguous=True, scale=scale)
 
     return run
 

@@ -29,7 +29,7 @@ def read_twice(trial: Trial) -> tuple[Any, Any]:
     places_L = np.arange(LENGTH)
     is_text_BL = places_L >= padding_B1
     every = Call(
-        step=jnp.int32(STEP), capacity=0.0, encoder=trial.encoder, counts_up=True,
+        step=jnp.int32(STEP), capacity=0.0, encoder=trial.encoder, contiguous=True,
         lengths_B=jnp.asarray(LENGTH - padding_B1[:, 0], jnp.int32),
     )  # fmt: skip
     moved_BL = (places_L + padding_B1) % LENGTH  # the place of a row that moves there

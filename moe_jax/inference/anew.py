@@ -53,7 +53,7 @@ def next_token(
 
     call = Call(
         tokens_BL=repeated(window_L), positions_BL=repeated(positions),
-        segments_BL=repeated(is_seen_L.astype(jnp.int32)), counts_up=True,
+        segments_BL=repeated(is_seen_L.astype(jnp.int32)), contiguous=True,
         step=serving.step, capacity=0.0,
         in_prefix_BL=None if num_prefix is None else repeated(positions < num_prefix),
     )  # fmt: skip

@@ -161,7 +161,7 @@ def read(
     call = Call(
         tokens_BL=prompts.tokens_BL,
         positions_BL=jnp.maximum(jnp.cumsum(segments_BL, axis=1) - 1, 0),
-        segments_BL=segments_BL, counts_up=True, step=serving.step, encoder=prompts.encoder,
+        segments_BL=segments_BL, contiguous=True, step=serving.step, encoder=prompts.encoder,
         cache_index=jnp.int32(0), cache_length=num_slots, prefill=True, capacity=capacity,
         lengths_B=prompts.lengths_B, record=record, in_prefix_BL=prompts.in_prefix_BL,
     )  # fmt: skip
@@ -250,7 +250,7 @@ def decode(
             previous_B=rows.last_B,
             positions_BL=rows.positions_B[:, None],
             segments_BL=live_B.astype(jnp.int32)[:, None],
-            counts_up=True,
+            contiguous=True,
             step=serving.step,
             memory=memory,
             memory_segments_BT=memory_segments_BT,

@@ -83,7 +83,7 @@ class Texts(NamedTuple):
             previous_B=self.previous_B if previous_B is None else previous_B,
             positions_BL=positions_BL,
             segments_BL=is_token_BL.astype(jnp.int32),
-            counts_up=True,
+            contiguous=True,
             step=step,
             cache_index=self.slots_B + ahead,
             cache_length=num_slots,
@@ -92,14 +92,14 @@ class Texts(NamedTuple):
         )
 
 
-def takes_back(model: LanguageModel) -> bool:
+def cache_can_rewind(model: LanguageModel) -> bool:
     """Whether tokens can be overwritten in all caches of a model."""
     return parts_take_back(model.decoder.parts(), model.dims)
 
 
 def parts_take_back(parts: Mapping[str, Part], dims: Dims) -> bool:
     """Whether tokens can be overwritten in the cache of every part that has one."""
-    return all(part.takes_back for part in parts.values() if part.cache_specs(dims, 1, 1))
+    return all(part.cache_can_rewind for part in parts.values() if part.cache_specs(dims, 1, 1))
 
 
 def read_accepted(
@@ -214,7 +214,7 @@ class SmallerModel:
           output: of the model, on `tokens_BL`.
           num_slots: T, of the caches.
         """
-        if takes_back(self.model):
+        if cache_can_rewind(self.model):
             return kept
         return read_accepted(
             self.model, serving, texts.draft, texts, tokens_BL, accepted_B, num_slots

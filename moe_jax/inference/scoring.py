@@ -143,7 +143,7 @@ def score_batch(
     earlier_BL = jnp.cumsum(counts_BL, axis=1) - counts_BL  # number of targets that count
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
     call = Call(
-        tokens_BL=tokens_BL, positions_BL=positions_BL, segments_BL=segments_BL, counts_up=True,
+        tokens_BL=tokens_BL, positions_BL=positions_BL, segments_BL=segments_BL, contiguous=True,
         step=serving.step, capacity=0.0, encoder=encoder,
         in_prefix_BL=earlier_BL == 0 if sees_prompt else None,
     )  # fmt: skip

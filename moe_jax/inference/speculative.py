@@ -29,8 +29,8 @@ from moe_jax.inference.decoding import (
 from moe_jax.inference.drafting import (
     Drafter,
     Texts,
+    cache_can_rewind,
     read_accepted,
-    takes_back,
 )
 from moe_jax.inference.sampling import Sampling, draw, probabilities
 from moe_jax.models.model import LanguageModel
@@ -223,7 +223,7 @@ def one_pass(
         jnp.sum(which_BL, axis=1, dtype=jnp.int32) for which_BL in (is_added_BL, is_kept_BL)
     )
     cache, seen_BV = output.cache, texts.seen_BV
-    if not takes_back(model):
+    if not cache_can_rewind(model):
         cache = read_accepted(model, serving, texts.cache, texts, tokens_BL, accepted_B, num_slots)
     for i in range(length + 1):
         seen_BV = with_token(seen_BV, jnp.where(is_added_BL[:, i], added_BL[:, i], texts.next_B))

@@ -57,7 +57,7 @@ class Attention(Part):
       without their reparametrisation network.
     """
 
-    takes_back: ClassVar[bool] = True
+    cache_can_rewind: ClassVar[bool] = True
     reads_prefix: ClassVar[bool] = True
 
     num_heads: int = setting(4, at_least=1)  # N: query heads
@@ -220,7 +220,7 @@ class Attention(Part):
             queries,
             keys,
             kernel=kernel,
-            counts_up=call.counts_up,
+            contiguous=call.contiguous,
             scale=self.head_dim**-0.5 if self.scale is None else self.scale,
             bias_BNLT=self.bias_of(call),
             softcap=self.softcap,

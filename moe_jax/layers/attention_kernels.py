@@ -54,7 +54,7 @@ class Task(NamedTuple):
       rules: which keys a query sees.
       dims: of a key and of a value, per head.
       dtype: of both.
-      counts_up: see `Call`.
+      contiguous: see `Call`.
       lengths: number of queries and of keys.
       own_keys: whether keys are of the same tokens as queries; else of a cache or a memory.
       bias: whether a bias is added to scores.
@@ -67,7 +67,7 @@ class Task(NamedTuple):
     rules: Rules
     dims: tuple[int, int]
     dtype: str
-    counts_up: bool = True
+    contiguous: bool = True
     lengths: tuple[int, int] = (0, 0)
     own_keys: bool = True
     bias: bool = False
@@ -99,7 +99,7 @@ def lacking(kernel: str, task: Task, machine: Machine) -> str:
         "it cannot run inside jax.shard_map": machine.manual,
         "it adds no position bias to scores": task.bias,
         "it knows no positions of a cache": by_position and not task.own_keys,
-        "it needs positions that count up (Call.counts_up)": by_position and not task.counts_up,
+        "it needs positions that count up (Call.contiguous)": by_position and not task.contiguous,
     }
     lacks = {
         "xla": {},
@@ -208,7 +208,7 @@ def attend_by_rules(
     keys: Tokens | None = None,
     *,
     kernel: str,
-    counts_up: bool,
+    contiguous: bool,
     scale: float,
     bias_BNLT: jax.Array | None = None,
     softcap: float | None = None,
@@ -226,7 +226,7 @@ def attend_by_rules(
       keys: positions and documents of keys; None: those of queries. A query that sees no key gets
         a mean of some keys' values, or 0 if heads have sinks.
       kernel: one of `KERNELS`.
-      counts_up: whether positions count up; see `Call`.
+      contiguous: whether positions count up; see `Call`.
       scale: see `attend`.
       bias_BNLT: see `attend`.
       softcap: see `attend`.
@@ -240,7 +240,7 @@ def attend_by_rules(
       ValueError: the named kernel cannot do the task.
     """
     task = Task(
-        rules, (k_BTKD.shape[-1], v_BTKV.shape[-1]), str(q_BLND.dtype), counts_up,
+        rules, (k_BTKD.shape[-1], v_BTKV.shape[-1]), str(q_BLND.dtype), contiguous,
         (q_BLND.shape[1], k_BTKD.shape[1]), keys is None,
         bias=bias_BNLT is not None, softcap=softcap is not None, sink=sink_N is not None,
         learned_keys=prefix is not None, in_prefix=queries.in_prefix_BL is not None,
@@ -261,7 +261,7 @@ def attend_by_rules(
 
         return attend_in_blocks(
             q_BLND, k_BTKD, v_BTKV, queries, sink_N,
-            rules=rules, counts_up=counts_up, scale=scale, softcap=softcap,
+            rules=rules, contiguous=contiguous, scale=scale, softcap=softcap,
         )  # fmt: skip
     if name == "cudnn":
         run: Any = functools.partial(cudnn.cudnn, rules=rules, scale=scale)

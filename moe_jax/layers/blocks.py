@@ -42,7 +42,7 @@ def attend_in_blocks(
     sink_N: jax.Array | None,
     *,
     rules: Rules,
-    counts_up: bool,
+    contiguous: bool,
     scale: float,
     softcap: float | None,
 ) -> jax.Array:
@@ -55,7 +55,7 @@ def attend_in_blocks(
     how, size, outputs = How(rules, scale, softcap), block_size(length), []
     for start in range(0, length, size):
         queries = slice(start, min(start + size, length))
-        keys = keys_of(queries, length, rules, counts_up)
+        keys = keys_of(queries, length, rules, contiguous)
         outputs.append(
             block(
                 q_BKGLD[:, :, :, queries], k_BKLD[:, :, keys], v_BKLV[:, :, keys], sink_KG,
@@ -71,10 +71,10 @@ def block_size(length: int) -> int:
     return max(MIN_QUERIES, -(-length // MAX_BLOCKS))
 
 
-def keys_of(queries: slice, length: int, rules: Rules, counts_up: bool) -> slice:
+def keys_of(queries: slice, length: int, rules: Rules, contiguous: bool) -> slice:
     """The places of all keys that any query of a block can see."""
     end = queries.stop if rules.causal else length
-    if rules.window is None or not counts_up:
+    if rules.window is None or not contiguous:
         return slice(0, end)
     behind = end if rules.causal else min(length, queries.stop + rules.window - 1)
     return slice(max(0, queries.start - rules.window + 1), behind)

@@ -33,7 +33,7 @@ class CrossAttention(Part):
     """
 
     reads_memory: ClassVar[bool] = True
-    takes_back: ClassVar[bool] = True  # its cache has no tokens of the decoder
+    cache_can_rewind: ClassVar[bool] = True  # its cache has no tokens of the decoder
     prefill_only: ClassVar[tuple[str, ...]] = ("wk", "wv", "bk", "bv", "k_norm")
 
     num_heads: int = setting(4, at_least=1)  # N: query heads
@@ -99,7 +99,7 @@ class CrossAttention(Part):
             Tokens(jnp.zeros_like(call.segments_BL), call.segments_BL),
             Tokens(jnp.zeros_like(memory_segments_BT), memory_segments_BT),
             kernel=kernel,
-            counts_up=False,
+            contiguous=False,
             scale=scale,
         )
         # Otherwise a query that sees no key would get a mean over other texts of its row.

@@ -33,7 +33,7 @@ class LatentAttention(Part):
     Source: DeepSeek-AI 2024, arXiv:2405.04434, sec. 2.1 and appendix C; scale: YaRN in its code.
     """
 
-    takes_back: ClassVar[bool] = True
+    cache_can_rewind: ClassVar[bool] = True
     reads_prefix: ClassVar[bool] = True
 
     num_heads: int = setting(4, at_least=1)  # N
@@ -125,7 +125,7 @@ class LatentAttention(Part):
             out_BLND = attend_by_rules(
                 q_BLND, k_BTND, v_BTND, Rules(call.causal),
                 Tokens(call.positions_BL, call.segments_BL, call.in_prefix_BL),
-                kernel=self.kernel, counts_up=call.counts_up, scale=self.scale,
+                kernel=self.kernel, contiguous=call.contiguous, scale=self.scale,
             )  # fmt: skip
         else:
             latent_BTF, key_BTD = (

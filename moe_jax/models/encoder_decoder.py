@@ -126,7 +126,7 @@ class EncoderDecoder(LanguageModel):
             segments_BL=text.segments_BT,
             step=call.step,
             rng=None if call.rng is None else jax.random.fold_in(call.rng, ENCODER_KEY),
-            counts_up=call.counts_up,
+            contiguous=call.contiguous,
             capacity=call.capacity,
             record=call.record,
         )

@@ -95,8 +95,8 @@ class Network(nn.Module):
             text = call_of(encoder_tokens_BT, encoder_mask_BT, None, None, record)
             assert text.tokens_BL is not None
             encoder = EncoderInputs(text.tokens_BL, text.positions_BL, text.segments_BL)
-            counts_up = call.counts_up and text.positions_BL is None
-            call = dataclasses.replace(call, encoder=encoder, counts_up=counts_up)
+            contiguous = call.contiguous and text.positions_BL is None
+            call = dataclasses.replace(call, encoder=encoder, contiguous=contiguous)
         output = self.model.run(params, call, state=state)
         if not record:
             return output.logits_BLV
@@ -123,14 +123,14 @@ def call_of(
         segments_BL = jnp.asarray(mask_BL).astype(jnp.int32)
         if positions_BL is None:
             positions_BL = jnp.maximum(jnp.cumsum(segments_BL, axis=-1) - 1, 0)
-    counts_up = segments_BL is not None and positions_BL is None
-    if counts_up:
+    contiguous = segments_BL is not None and positions_BL is None
+    if contiguous:
         positions_BL = counted(jnp.asarray(segments_BL, jnp.int32))
     tokens, positions, segments = (
         None if a is None else jnp.asarray(a, jnp.int32)
         for a in (tokens_BL, positions_BL, segments_BL)
     )
-    return Call(positions, segments, tokens, counts_up=counts_up, record=record)
+    return Call(positions, segments, tokens, contiguous=contiguous, record=record)
 
 
 def counted(segments_BL: jax.Array) -> jax.Array:

@@ -147,7 +147,7 @@ def recording_call(
         tokens,
         encoder=None if encoder is None else filled(*encoder),
         step=step,
-        counts_up=all(one is None for one in given),
+        contiguous=all(one is None for one in given),
         capacity=capacity,
         record=True,
     )

@@ -43,28 +43,34 @@ def can_train(spec: ParameterSpec) -> bool:
     return spec.trains and jnp.dtype(spec.dtype) in (jnp.float32, jnp.bfloat16)
 
 
-def kept(tree: Any, marks: Any) -> Any:
+def filter_tree(tree: Any, marks: Any) -> Any:
     """The tree with None for leaves that are not marked."""
     return jax.tree.map(lambda mark, leaf: leaf if mark else None, marks, tree)
 
 
-def filled(part: Any, tree: Any) -> Any:
-    """The tree with the leaves of `part`, or its own where `part` is None."""
+def combine(trained: Any, params: Any) -> Any:
+    """The parameters with the leaves of `trained` where it has one, and not None."""
     return jax.tree.map(
-        lambda own, leaf: leaf if own is None else own, part, tree, is_leaf=lambda own: own is None
+        lambda own, leaf: leaf if own is None else own,
+        trained,
+        params,
+        is_leaf=lambda own: own is None,
     )
 
 
-def like(part: Any, tree: Any) -> Any:
-    """The tree with None where `part` is None."""
+def filter_like(trained: Any, tree: Any) -> Any:
+    """The tree with None where `trained` is None."""
     return jax.tree.map(
-        lambda own, leaf: None if own is None else leaf, part, tree, is_leaf=lambda own: own is None
+        lambda own, leaf: None if own is None else leaf,
+        trained,
+        tree,
+        is_leaf=lambda own: own is None,
     )
 
 
 def training_specs(settings: OptimizerConfig, specs: Any) -> Any:
     """The specs of the parameters that train; None elsewhere."""
-    return kept(specs, training_marks(settings, specs))
+    return filter_tree(specs, training_marks(settings, specs))
 
 
 def moving_state(settings: OptimizerConfig, model: "LanguageModel") -> dict[str, Any]:

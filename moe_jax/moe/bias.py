@@ -77,7 +77,7 @@ class BiasUpdate(Settings):
         """
         raise NotImplementedError
 
-    def steps_alike(self, num_steps: int) -> float:
+    def steps_independent_of_length(self, num_steps: int) -> float:
         """The number of first steps that keep their rate if `num_steps` is raised; inf: all."""
         if self.schedule != "constant":
             return 0

@@ -268,9 +268,9 @@ class MoE(Part):
             following["router"] = self.router.next_state(state["router"], sums, step, num_steps)
         return following
 
-    def steps_alike(self, num_steps: int) -> float:
+    def steps_independent_of_length(self, num_steps: int) -> float:
         """See `Part`: the rate of the bias decides."""
-        return math.inf if self.bias is None else self.bias.steps_alike(num_steps)
+        return math.inf if self.bias is None else self.bias.steps_independent_of_length(num_steps)
 
     @property
     def has_capacity(self) -> bool:

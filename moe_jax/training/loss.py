@@ -229,7 +229,7 @@ def call_of_batch(batch: Batch, **settings: Any) -> Call:
         positions_BL=batch["positions"],
         segments_BL=batch["segment_ids"],
         encoder=encoder,
-        counts_up=True,
+        contiguous=True,
         in_prefix_BL=batch["in_prefix"] > 0 if "in_prefix" in batch else None,
         **settings,
     )

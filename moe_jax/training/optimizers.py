@@ -60,7 +60,7 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
     return schedule
 
 
-def steps_alike(settings: OptimizerConfig, num_steps: int) -> float:
+def steps_independent_of_length(settings: OptimizerConfig, num_steps: int) -> float:
     """Number of first steps that keep their rate if `num_steps` is raised; inf: all."""
     if settings.schedule in ("constant", "rsqrt"):
         return math.inf

@@ -10,7 +10,7 @@ import optax
 import optax.contrib
 
 from moe_jax.config import ExperimentConfig
-from moe_jax.models.trained import filled, kept, like, training_marks
+from moe_jax.models.trained import combine, filter_like, filter_tree, training_marks
 from moe_jax.parameters import init_parameters
 from moe_jax.training.arrays import name_of
 from moe_jax.training.optimizers import ParameterAverage, make_optimizer
@@ -108,7 +108,7 @@ def with_schedule_at(opt_state: Any, step: int) -> Any:
 
 def trained_params(config: ExperimentConfig, params: Any) -> Any:
     """The parameters that train, in a tree with None in place of the others."""
-    return kept(params, training_marks(config.optimizer, config.model.specs()))
+    return filter_tree(params, training_marks(config.optimizer, config.model.specs()))
 
 
 def evaluation_params(state: TrainState) -> Any:
@@ -121,11 +121,11 @@ def evaluation_params(state: TrainState) -> Any:
         return state.params
     last = state.opt_state[-1]
     if isinstance(last, ParameterAverage):
-        average = filled(last.average, state.params)
+        average = combine(last.average, state.params)
         return jax.tree.map(lambda a, p: a.astype(p.dtype), average, state.params)
     if isinstance(last, optax.contrib.ScheduleFreeState):
         average_of = jax.jit(optax.contrib.schedule_free_eval_params)
-        return filled(average_of(last, like(last.z, state.params)), state.params)
+        return combine(average_of(last, filter_like(last.z, state.params)), state.params)
     return state.params
 
 

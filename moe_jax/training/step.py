@@ -9,7 +9,7 @@ import optax
 
 from moe_jax.config import ExperimentConfig
 from moe_jax.models.model import LanguageModel
-from moe_jax.models.trained import filled, moving_state
+from moe_jax.models.trained import combine, moving_state
 from moe_jax.part import NOTHING, merge_aux
 from moe_jax.training.loss import Batch, LossParts, Totals, batch_totals, partial_loss
 from moe_jax.training.optimizers import learning_rate_schedule, make_optimizer, sum_dtype
@@ -66,7 +66,7 @@ def make_train_step(
 
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-            params = filled(optax.apply_updates(trained, updates), state.params)
+            params = combine(optax.apply_updates(trained, updates), state.params)
         aux = merge_aux(shares.aux)
         sums = {name: of_part.sums for name, of_part in aux.items()}
         num_steps = config.training.num_steps
@@ -137,7 +137,7 @@ def gradient(
     trained = state.params if trained is None else trained
 
     def loss_of(trained: Any, *args: Any, **kwargs: Any) -> tuple[jax.Array, LossParts]:
-        return partial_loss(filled(trained, state.params), *args, **kwargs)
+        return partial_loss(combine(trained, state.params), *args, **kwargs)
 
     loss_and_grad = jax.value_and_grad(loss_of, has_aux=True)
     settings = {"model_state": state.model_state, "step": state.step, **loss_settings}

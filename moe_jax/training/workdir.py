@@ -29,7 +29,7 @@ from moe_jax.training.files import (
     path_of_whole,
     read_json,
 )
-from moe_jax.training.optimizers import steps_alike
+from moe_jax.training.optimizers import steps_independent_of_length
 from moe_jax.training.step import depends_on_microbatches
 
 LOCK_FILE = ".lock"
@@ -160,9 +160,11 @@ def check_extension(record: Record, config: ExperimentConfig, workdir: pathlib.P
     if given == before or not made:
         return
     alike = {
-        f"optimizer.schedule={config.optimizer.schedule!r}": steps_alike(config.optimizer, before),
+        f"optimizer.schedule={config.optimizer.schedule!r}": steps_independent_of_length(
+            config.optimizer, before
+        ),
         **{
-            f"the selection bias of {name!r}": part.steps_alike(before)
+            f"the selection bias of {name!r}": part.steps_independent_of_length(before)
             for name, part in config.model.all_parts.items()
         },
     }

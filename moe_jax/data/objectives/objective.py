@@ -188,7 +188,7 @@ class Objective(Settings):
 def check_positions(example: Example) -> None:
     """Checks that each document is contiguous, and that its positions grow by one.
 
-    Attention kernels rely on it (`Call.counts_up`).
+    Attention kernels rely on it (`Call.contiguous`).
 
     Raises:
         ValueError: with the array, the document and its positions.
