@@ -4,15 +4,18 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.lines import Line2D
 
 from experiments.budget import cost_of
 from experiments.figure import WIDTH
 from experiments.results import Results, finite
 from experiments.study import Study
-from moe_jax.analysis.drawing import COLORS, GREY, Figure
+from moe_jax.analysis.drawing import BLACK, Figure
 
 NAME = "loss_and_flops.png"
+# One per study: ten dark ones, then ten light ones.
+COLORS = [colormaps["tab20"](number) for number in (*range(0, 20, 2), *range(1, 20, 2))]
 
 
 def has_dense(study: Study, size: str) -> bool:
@@ -54,7 +57,7 @@ def draw_all(studies: list[Study], results: Mapping[str, Mapping[str, Results]])
         "saw or sees later tokens": {"marker": "^", "mfc": "none"},
     }  # fmt: skip
     for name, marker in markers.items():
-        handles.append(Line2D([], [], color=GREY, ls="none", ms=7, label=name, **marker))
+        handles.append(Line2D([], [], color=BLACK, ls="none", ms=7, label=name, **marker))
     axis.set(xscale="log", xlabel="active FLOPs per token, forward")
     axis.set_ylabel("held-out bits/byte")
     axis.grid(color="#DDDDDD", lw=0.6, which="both")
