@@ -19,7 +19,9 @@ from tests.tiny_run import CACHE
 ONE = STUDY.experiment("small", "moe", 0)
 # The same run under the names of another study and arm.
 SAME = make_study(
-    name="another", baseline="eight", arms=(Arm("eight", "", STUDY.arm("moe").overrides),)
+    file="another/study.py",
+    baseline="eight",
+    arms=(Arm("eight", "", STUDY.arm("moe").overrides),),
 ).experiment("small", "eight", 0)
 
 

@@ -71,7 +71,7 @@ def test_a_line_of_results_from_before_models_had_parts_is_compared_as_well():
     line = read_results(study.directory / RESULTS_FILE)[-1]
     assert "format" not in line["config"]
     line["config"]["model"]["moe"]["capacity"]["train_factor"] = 1.5
-    changed = r"config.model.parts.moe.capacity.train_factor: 1.5 -> 1.25\. Bring the study back"
+    changed = r"config.model.parts.moe.capacity.train_factor: 1.5 -> 1.25\. Restore the settings"
     with pytest.raises(ValueError, match=changed):
         study.check_row(line)
 

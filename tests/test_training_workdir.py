@@ -65,7 +65,7 @@ def test_the_same_config_goes_on(tmp_path):
 def test_a_directory_of_the_old_layout_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(OLD_LAYOUT))
     before = files(tmp_path)
-    message = r"the layouts of formats 2 to 4 .*: .*config.json is of format 1\. Use the release"
+    message = r"the layouts of formats 2 to 5 .*: .*config.json is of format 1\. Use the release"
     for use in (lambda: train(CONFIG, tmp_path), lambda: load_run(tmp_path)):
         with pytest.raises(ValueError, match=message) as error:
             use()
