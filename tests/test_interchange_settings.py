@@ -342,3 +342,12 @@ def test_a_temperature_that_is_still_annealed_is_not_written():
     check_annealed(model, 1000)
     with pytest.raises(ValueError, match=r"'moe' is annealed until step 1000, this is step 999"):
         check_annealed(model, 999)
+
+
+def test_gates_of_dbrx_over_another_norm_than_their_sum_are_refused():
+    settings = copy.deepcopy(CASES["dbrx"].settings)
+    settings["ffn_config"]["moe_normalize_expert_weights"] = 2.0
+    with pytest.raises(
+        ValueError, match=r"the L_1 norm.*moe_normalize_expert_weights=2\.0\. Use 1"
+    ):
+        load_family("dbrx").read(settings)
