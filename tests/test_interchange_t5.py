@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax.interchange.family import load_family
+from moe_jax.interchange.family import OtherFamilyError, load_family
 from moe_jax.interchange.leaves import leaves_of
 from moe_jax.interchange.tensor_files import TensorFiles, ToWrite, write_tensors
 from moe_jax.moe.activations import GeGLU, GeGLUTanh, Gelu, Relu, SwiGLU
@@ -163,6 +163,11 @@ def test_a_switch_is_written_with_its_slots_and_without_any_as_dropless():
     by_likelihood = Capacity(slots=7, queue=BatchPrioritized())
     with pytest.raises(ValueError, match=r"in the order of its tokens: capacity\.slots=7, "):
         family.written(with_capacity(model, Capacity(slots=7), by_likelihood))
+
+
+def test_a_model_without_experts_is_no_switch():
+    with pytest.raises(OtherFamilyError, match=r"only if it has its parts: it has no 'moe'"):
+        load_family("switch_transformers").written(load_family("t5").read(T5))
 
 
 def test_a_switch_without_experts_keeps_the_names_of_a_switch():
