@@ -85,6 +85,7 @@ def test_an_expert_stays_in_its_group():
     load = {"moe": np.array([[5, 0, 3, 1], [0, 2, 2, 7]])}
     groups = {"moe": 2}  # {0, 1} and {2, 3}; by load alone the first layer would keep 0 and 2
     assert used_experts(load, {"moe": 1}, 2, groups)["moe"].tolist() == [[0, 2], [1, 3]]
+    assert used_experts(load, {"moe": 1}, 3, groups)["moe"].shape == (2, 2)  # one is dropped
     assert used_experts(load, {"moe": 2}, None, groups)["moe"].tolist() == [[0, 1, 2, 3]] * 2
     router = TokenChoice(groups=ExpertGroups(2, 1, "max"))
     config = tiny_config(tiny_moe(num_experts=8, router=router))

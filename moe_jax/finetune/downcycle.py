@@ -279,7 +279,7 @@ def used_experts(
     Args:
       load: of the text.
       at_least: by part, the minimum per layer: the number that a token selects.
-      keep: number per layer to keep instead, rounded up to a multiple of the groups.
+      keep: number per layer to keep instead, rounded down to as many of every group.
       groups: by part, the number of groups of experts; 1 if absent.
     """
     kept = {}
@@ -287,7 +287,7 @@ def used_experts(
         num = groups.get(part, 1)
         load_XNE = load_XE.reshape(len(load_XE), num, -1)
         used = int((load_XNE > 0).sum(axis=-1).max())
-        count = -(-keep // num) if keep else max(used, -(-at_least[part] // num))
+        count = max(keep // num, 1) if keep else max(used, -(-at_least[part] // num))
         most_XNE = np.sort(np.argsort(-load_XNE, axis=-1, kind="stable")[..., :count], axis=-1)
         first_N1 = np.arange(num)[:, None] * load_XNE.shape[-1]
         kept[part] = (first_N1 + most_XNE).reshape(len(load_XE), -1)

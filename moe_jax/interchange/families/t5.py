@@ -305,8 +305,8 @@ def switch_model(config: Reader) -> LanguageModel:
 
 def switch_settings(model: LanguageModel) -> dict[str, Any]:
     """The config.json of a Switch Transformer."""
-    names = ["moe"] * ("moe" in model.part) + ["encoder_moe"] * ("encoder_moe" in model.part)
-    blocks: list[Any] = [model.part[name] for name in names or ["moe"]]
+    names = [name for name in ("moe", "encoder_moe") if name in model.part] or ["moe"]
+    blocks: list[Any] = [model.part[name] for name in names]
     moe, slots = blocks[0], [block.capacity.slots for block in blocks]
     require(
         len(set(slots)) == 1,
